@@ -1,0 +1,227 @@
+"""What a run is: frozen dataclasses, checked as a whole so that all faults are told at once.
+
+Paths are made absolute by the command that builds a configuration; `identify` replaces them by the digests of
+what they point at, so that a run is the same run wherever its files lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlrscale import catalogue, record, shapes
+from dlrscale.errors import ConfigError
+
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings that every kind of run has. None means: derived, see `resolve`."""
+
+    model: str
+    data: str
+    out: str
+    kind: str = "run"
+    columns: dict[str, str] | None = None
+    document_separator: str | None = None
+    heldout: str | None = None
+    name: str = "run"
+    seed: int = 0
+    dtype: str = "fp32"
+    seq_len: int = 512
+    micro_batch: int = 4
+    accumulation: int = 1
+    steps: int = 300
+    lr: float = 3e-3
+    warmup_steps: int = 10
+    zero: int = 2
+    offload_optimizer: bool = False
+    offload_param: bool = False
+    activation_checkpointing: str = "none"
+    deepspeed_config: str | None = None
+    num_ranks: int = 1
+    hostfile: str | None = None
+    tracking_uri: str | None = None
+    eval_every: int = 0
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per optimizer step, over all ranks and micro-batches."""
+        return self.micro_batch * self.accumulation * self.num_ranks
+
+    def faults(self) -> list[str]:
+        """What is wrong with these settings, one sentence each; empty when all is well."""
+        found = []
+        for name, low in (("seq_len", 2), ("micro_batch", 1), ("accumulation", 1), ("steps", 1), ("num_ranks", 1),
+                          ("warmup_steps", 0), ("eval_every", 0), ("checkpoint_every", 0),
+                          ("keep_checkpoints", 1)):  # fmt: skip
+            if getattr(self, name) < low:
+                found.append(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {low}.")
+        if not (0 <= self.lr < float("inf")):
+            found.append(f"--lr {self.lr}: must be a finite number, 0 or more.")
+        if self.dtype not in DTYPES:
+            found.append(f"--dtype {self.dtype}: one of {', '.join(DTYPES)}.")
+        levers = catalogue.Levers(
+            zero=self.zero, offload_optimizer=self.offload_optimizer, offload_param=self.offload_param
+        )
+        return found + catalogue.lever_faults(levers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockConfig(RunConfig):
+    """A lock: module-wise distillation of DLR-Nets, then heal (docs/glossary.md)."""
+
+    kind: str = "lock"
+    form: str = "gated"
+    depth: int = 32
+    rank: int | None = None
+    start: str = "warm"
+    coupling: float = 0.25
+    harden: bool = True
+    harden_weight: float = 0.03
+    harden_target: float = 1.0
+    layers: str | None = None
+    heal_steps: int = 75
+    heal_lr: float = 1e-3
+
+    @property
+    def heal_harden_weight(self) -> float:
+        """Weight of the hardening while healing: a tenth of that while distilling (design: 0.03 and 0.003)."""
+        return self.harden_weight / 10
+
+    def faults(self) -> list[str]:
+        """What is wrong with these settings, one sentence each."""
+        found = super().faults()
+        if self.form not in shapes.FORMS:
+            found.append(f"--form {self.form}: one of {', '.join(shapes.FORMS)}.")
+        for name in ("coupling", "harden_weight", "harden_target", "heal_lr"):
+            if not (0 <= getattr(self, name) < float("inf")):
+                found.append(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be a finite number, 0 or more."
+                )
+        if self.heal_steps < 0:
+            found.append(f"--heal-steps {self.heal_steps}: must be at least 0.")
+        if self.rank is not None and self.rank < 1:
+            found.append(f"--rank {self.rank}: must be at least 1.")
+        if self.dtype == "fp16":
+            found.append("--dtype fp16: a lock is distilled in fp32 or bf16; fp16 overflows on the error's squares.")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(RunConfig):
+    """An attack: one strategy on one model, locked or not."""
+
+    kind: str = "attack"
+    strategy: str = "ckpt-layer"
+    knobs: dict[str, float] = dataclasses.field(default_factory=dict)
+    heldout_base: str | None = None
+    lock_id: str | None = None
+
+    @property
+    def axes(self) -> dict[str, object]:
+        """The resolved choice on the four axes."""
+        levers = catalogue.Levers(
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(catalogue.Levers)}
+        )
+        return catalogue.axes(catalogue.strategy(self.strategy), levers, self.knobs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """Training of a small Llama and its tokenizer from text, from random numbers; `model` is then unused."""
+
+    kind: str = "pretrain"
+    model: str = ""
+    width: int = 160
+    inner: int = 432
+    num_layers: int = 6
+    heads: int = 8
+    kv_heads: int = 4
+    vocabulary: int = 2048
+
+
+KINDS: dict[str, type[RunConfig]] = {"lock": LockConfig, "attack": AttackConfig, "pretrain": PretrainConfig}
+
+
+def to_json(config: RunConfig) -> str:
+    """One line of JSON that `from_json` reads back; what the launch line carries."""
+    return json.dumps(dataclasses.asdict(config), allow_nan=False, ensure_ascii=False)
+
+
+def from_json(text: str) -> RunConfig:
+    """Rebuild a configuration from `to_json`'s line."""
+    values = json.loads(text)
+    return KINDS[values["kind"]](**values)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a configuration that has faults.
+
+    Raises:
+        ConfigError: With all faults in one message.
+    """
+    faults = config.faults()
+    if faults:
+        raise ConfigError(faults)
+
+
+def identify(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat settings that a run's id is made of: paths count by the digests of their bytes."""
+    values = dataclasses.asdict(config)
+    if config.kind == "attack":
+        # The resolved axes stand for the strategy's name, which is a label.
+        values.pop("strategy")
+        values["axes"] = {k: v for k, v in config.axes.items() if k != "levers"}
+    for key in ("model", "data", "heldout", "heldout_base"):
+        if values.get(key):
+            values[key] = digest(values[key])
+    values["deepspeed_config"] = dict(deepspeed_config)
+    values["global_batch"] = config.global_batch
+    return values
+
+
+def digest(place: str) -> str:
+    """The digest of a data file or model folder; an embedded corpus counts by its name and interpreter."""
+    import platform
+
+    if place.startswith("embedded:"):
+        return f"{place} of Python {platform.python_version()}"
+    path = Path(place)
+    return record.digest_folder(path) if path.is_dir() else record.digest_file(path)
+
+
+def run_ids(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> tuple[str, str]:
+    """The id and resume_id of a run (see `record.run_ids`)."""
+    return record.run_ids(identify(config, deepspeed_config))
+
+
+def claim_folder(out: Path, resume_id: str) -> None:
+    """Take a run's folder, or go on in it if the same run was there before.
+
+    Raises:
+        ConfigError: If the folder belongs to another run or holds something else.
+    """
+    marker = out / "run.json"
+    if marker.is_file():
+        try:
+            owner = json.loads(marker.read_text(encoding="utf-8")).get("resume_id")
+        except ValueError:
+            owner = None
+        if owner == resume_id:
+            return
+        raise ConfigError(
+            f"{out} belongs to another run (resume_id {str(owner)[:8]}, this one is {resume_id[:8]}): some setting "
+            "differs. Choose another --out, or give the settings of that run to go on with it."
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is no folder of a run. Choose another --out, or empty it yourself.")
+    record.write_atomic(marker, json.dumps({"resume_id": resume_id}) + os.linesep)

@@ -1,0 +1,106 @@
+"""Starts of a DLR-Net, its coupling, and its flat weights.
+
+Legend: D model width, F inner width, R_k rank of block k, S = sum(R_k), K blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dlrscale.errors import SurgeryError
+from dlrscale.modeling.dlr_net import DLRNet
+from dlrscale.models import MLPWeights
+
+COLD_SCALE = 0.1
+
+
+@torch.no_grad()
+def cold_start(net: DLRNet, generator: torch.Generator) -> None:
+    """Start from random numbers: A_k ~ N(0, 1/D), B_k ~ N(0, c^2/S) with c = 0.1, biases 0.
+
+    For x with rms 1 the entries of A_k x are N(0, 1), so out = sum_k B_k s(A_k x) has variance
+    c^2/S * S * E[s^2] per entry: rms(out) = c sqrt(E[s^2]), whatever K is. With S = K R this is B scaled
+    by 1/sqrt(K). E[s^2] is 0.356 for SiLU of a standard normal, alone or times another one.
+    """
+    total = sum(block.b_proj.in_features for block in net.blocks)
+    for block in net.blocks:
+        for linear, std in ((block.a_proj, net.blocks[0].a_proj.in_features**-0.5), (block.b_proj, COLD_SCALE * total**-0.5)):
+            values = torch.randn(linear.weight.shape, generator=generator) * std
+            linear.weight.copy_(values)
+        if block.a_proj.bias is not None:
+            block.a_proj.bias.zero_()
+    if net.bias is not None:
+        net.bias.zero_()
+
+
+@torch.no_grad()
+def warm_start(net: DLRNet, mlp: MLPWeights) -> None:
+    """Start from the base MLP's own neurons: block k takes the next R_k of them, so at b = 0 the net is the MLP.
+
+    A_k gets the gate and up rows (or the first matrix's), B_k the down columns. Neurons beyond S are left
+    out; blocks beyond F start with zeros in B.
+
+    Raises:
+        SurgeryError: If the form does not take the neurons of this kind of MLP.
+    """
+    if net.norm or net.gated != (mlp.gate is not None):
+        raise SurgeryError(f"--start warm is not defined for the form {net.form} on this MLP. Take --start cold.")
+    sources = [mlp.gate, mlp.up] if net.gated else [mlp.up]
+    biases = [mlp.gate_bias, mlp.up_bias] if net.gated else [mlp.up_bias]
+    first = 0
+    for block in net.blocks:
+        rank = block.b_proj.in_features
+        rows = slice(first, first + rank)
+        block.a_proj.weight.copy_(torch.cat([_pad(m[rows], rank) for m in sources]))
+        if block.a_proj.bias is not None:
+            block.a_proj.bias.copy_(torch.cat([_pad(m[rows], rank) for m in biases]))
+        block.b_proj.weight.copy_(_pad(mlp.down[:, rows].t(), rank).t())
+        first += rank
+    if net.bias is not None:
+        net.bias.copy_(mlp.down_bias)
+
+
+def _pad(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Append zero rows up to `count` of them."""
+    missing = count - rows.shape[0]
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+
+def coupling_scale(coupling: float, input_norms: torch.Tensor, output_norms: torch.Tensor) -> float:
+    """b = g median(||x|| / ||MLP(x)||) over the tokens of the calibration set, rounded to a bf16 number.
+
+    The rounding lets b have the same value in a bf16 and in an fp32 model.
+    """
+    ratio = (input_norms / output_norms.clamp_min(torch.finfo(torch.float32).tiny)).median()
+    return float((coupling * ratio).to(torch.bfloat16))
+
+
+@torch.no_grad()
+def flat_weights(net: DLRNet) -> MLPWeights:
+    """The ordinary MLP that the net becomes when every block reads x alone, A = [A_1; ..], B = [B_1 ..].
+
+    Raises:
+        SurgeryError: If the form has a norm in front: it divides per token and is no MLP.
+    """
+    if net.norm:
+        raise SurgeryError(
+            "flatten: the form prenorm divides each token by its own norm and is no ordinary MLP. "
+            "Regress one on it instead (undistil)."
+        )
+    halves = [block.a_proj.weight.chunk(2 if net.gated else 1) for block in net.blocks]
+    bias = net.blocks[0].a_proj.bias is not None
+    bias_halves = [b.a_proj.bias.chunk(2 if net.gated else 1) for b in net.blocks] if bias else []
+    return MLPWeights(
+        gate=torch.cat([h[0] for h in halves]) if net.gated else None,
+        up=torch.cat([h[-1] for h in halves]),
+        down=torch.cat([block.b_proj.weight for block in net.blocks], dim=1),
+        gate_bias=torch.cat([h[0] for h in bias_halves]) if net.gated and bias else None,
+        up_bias=torch.cat([h[-1] for h in bias_halves]) if bias else None,
+        down_bias=net.bias,
+    )
+
+
+def dlr_nets(model: nn.Module) -> dict[str, DLRNet]:
+    """All DLR-Nets of a model by module name. A class that came as remote code counts by its name."""
+    return {name: m for name, m in model.named_modules() if type(m).__name__ == "DLRNet"}

@@ -1,0 +1,140 @@
+"""Build the `deepspeed` command of a job, run it in a session of its own, and see that it ended.
+
+A job is proved by the record that its ranks wrote, not by the launcher's exit code: DeepSpeed's runner returns
+0 when the process that watches the ranks is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from dlrscale import config as configuration
+from dlrscale.config import RunConfig
+from dlrscale.errors import JobError
+
+# Exit codes of ranks: each ends its siblings at once; DeepSpeed's launcher passes it on.
+EXIT_OOM = 11
+EXIT_DIVERGED = 12
+EXIT_CONFIG = 2
+EXIT_FAILED = 1
+GRACE_S = 35.0
+
+
+def free_port() -> int:
+    """A TCP port that is free on the loopback interface now."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def command(config: RunConfig, port: int | None = None) -> list[str]:
+    """The launch line of a job: `deepspeed ... dlrscale/jobs.py '<configuration as JSON>'`."""
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    line = [str(deepspeed) if deepspeed.exists() else "deepspeed", "--no_local_rank"]
+    if config.hostfile:
+        line += ["--hostfile", config.hostfile]
+    else:
+        line += ["--num_gpus", str(config.num_ranks), "--master_addr", "127.0.0.1"]
+        line += ["--master_port", str(port or free_port())]
+    script = Path(__file__).with_name("jobs.py")
+    return [*line, str(script), configuration.to_json(config)]
+
+
+def show(line: list[str]) -> str:
+    """A command as one can paste it into a shell."""
+    return shlex.join(line)
+
+
+def environment(num_ranks: int) -> dict[str, str]:
+    """The environment of ranks: the CPU is shared out among them, and their own file locks stay quiet."""
+    import torch
+
+    env = dict(os.environ)
+    env.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    env.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    env.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # The venv's own scripts must be found (ninja), and a source checkout must be importable from any folder.
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
+    root = str(Path(__file__).resolve().parent.parent)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
+    return env
+
+
+def run(config: RunConfig, watch: Callable[[], None] = lambda: None) -> int:
+    """Run a job to its end and return the launcher's exit code; its output goes to `<out>/ranks.log`.
+
+    `watch` is called twice a second meanwhile, to show progress.
+    SIGINT and SIGTERM to this process end every rank before it raises.
+
+    Raises:
+        JobError: If the launcher cannot be started.
+        KeyboardInterrupt: If this process was interrupted, after all ranks have gone.
+    """
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    line = command(config)
+    with open(out / "ranks.log", "ab") as log:
+        try:
+            process = subprocess.Popen(
+                line,
+                env=environment(config.num_ranks),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise JobError(f"The launcher did not start ({error}). Install the project in this environment.") from None
+        stop = _forward_signals(process)
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.5)
+                watch()
+        except BaseException:
+            end_group(process)
+            raise
+        finally:
+            stop()
+    return process.returncode
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End a process group: SIGTERM, and SIGKILL for what is left after a while."""
+    for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=patience)
+            return
+
+
+def _forward_signals(process: subprocess.Popen):
+    """Turn SIGTERM of this process into an interrupt, so that the group is ended; returns how to undo that."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    return lambda: signal.signal(signal.SIGTERM, before)
+
+
+def tail(path: Path, lines: int = 30) -> str:
+    """The last lines of a log, for an error message."""
+    try:
+        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""

@@ -1,0 +1,132 @@
+"""Load causal language models and tokenizers, find their MLPs, and register the locked classes.
+
+Importing this module registers the classes of `modeling/` with transformers, so that a locked folder loads
+here without remote code.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dlrscale import shapes
+from dlrscale.errors import ConfigError, SurgeryError
+from dlrscale.shapes import Family
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """The matrices of a base MLP, all as (out, in): gate and up (F, D), down (D, F); biases or None."""
+
+    gate: torch.Tensor | None
+    up: torch.Tensor
+    down: torch.Tensor
+    gate_bias: torch.Tensor | None
+    up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+
+
+def locked_classes(family: Family) -> tuple[type, type[PreTrainedModel]]:
+    """The configuration and model classes of a locked model of this family."""
+    module = importlib.import_module(f"dlrscale.modeling.{family.locked_model_type}")
+    return getattr(module, f"{family.class_prefix}Config"), getattr(module, f"{family.class_prefix}ForCausalLM")
+
+
+def _register() -> None:
+    for family in shapes.FAMILIES.values():
+        config_class, model_class = locked_classes(family)
+        AutoConfig.register(family.locked_model_type, config_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+        # So that save_pretrained copies the modelling files, wherever the model was loaded.
+        config_class.register_for_auto_class()
+        model_class.register_for_auto_class("AutoModelForCausalLM")
+
+
+_register()
+
+
+def load_model(folder: str | Path, dtype: str = "fp32") -> PreTrainedModel:
+    """Load a causal language model on the CPU, in eval mode, with nothing missing.
+
+    Args:
+        folder: A Hugging Face folder, locked or not.
+        dtype: `fp32`, `bf16` or `fp16`.
+
+    Raises:
+        ConfigError: If the folder holds no loadable model, or its weights do not match its config.
+    """
+    shapes.read_config(folder)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=DTYPES[dtype], output_loading_info=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{folder} does not load as a causal language model: {error}") from error
+    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info.get(key)}
+    if wrong:
+        raise ConfigError(f"{folder}: config.json and weights contradict each other: {wrong}. Fetch the model again.")
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies in a model folder.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} holds no tokenizer that loads: {error}") from error
+
+
+def find_mlps(model: PreTrainedModel, family: Family, layers: tuple[int, ...]) -> dict[int, nn.Module]:
+    """The MLP modules of some layers.
+
+    Raises:
+        SurgeryError: If a module is not where the table says, or lacks a matrix.
+    """
+    found = {}
+    for layer in layers:
+        path = family.mlp.format(layer)
+        try:
+            mlp = model.get_submodule(path)
+        except AttributeError:
+            raise SurgeryError(f"{type(model).__name__} has no module {path}, where its MLP should be.") from None
+        names = [name for name in (family.gate, family.up, family.down) if name]
+        lacking = [name for name in names if not hasattr(mlp, name)]
+        if lacking:
+            raise SurgeryError(
+                f"{path} ({type(mlp).__name__}) has no {', '.join(lacking)}: not an MLP of the kind that the table "
+                f"gives for {family.model_type}. Mixture-of-experts layers are not supported."
+            )
+        found[layer] = mlp
+    return found
+
+
+def mlp_weights(mlp: nn.Module, family: Family) -> MLPWeights:
+    """The matrices of a base MLP in one orientation, whatever the family calls and stores them."""
+
+    def weight(name: str) -> torch.Tensor:
+        matrix = getattr(mlp, name).weight.detach()
+        return matrix.t() if family.transposed else matrix
+
+    def bias(name: str) -> torch.Tensor | None:
+        value = getattr(mlp, name).bias
+        return None if value is None else value.detach()
+
+    return MLPWeights(
+        gate=weight(family.gate) if family.gate else None,
+        up=weight(family.up),
+        down=weight(family.down),
+        gate_bias=bias(family.gate) if family.gate else None,
+        up_bias=bias(family.up),
+        down_bias=bias(family.down),
+    )

@@ -1,0 +1,362 @@
+"""Shapes without tensors: the tables of model families and of DLR-Net forms, and what follows from them.
+
+Legend: D model width, F inner width of an MLP, R rank of one block, K blocks of one DLR-Net, N layers.
+Everything here is exact integer arithmetic on a Hugging Face `config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlrscale.errors import ConfigError, SurgeryError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One row of the table of model families: where its MLPs are, and what they are.
+
+    `up`, `gate` and `down` name the matrices inside an MLP; `gate` is None where the MLP has two matrices.
+    `transposed` says that weights are stored as (in, out), as GPT-2's Conv1D does.
+    """
+
+    model_type: str
+    mlp: str
+    attention: tuple[str, ...]
+    gate: str | None
+    up: str
+    down: str
+    activation_module: str
+    layers: str
+    width: str
+    inner: str
+    activation: str
+    bias: str | bool
+    dropout: str | None
+    transposed: bool
+    class_prefix: str
+
+    @property
+    def gated(self) -> bool:
+        """Whether the base MLP is SwiGLU-like: down(s(gate(x)) * up(x))."""
+        return self.gate is not None
+
+    @property
+    def locked_model_type(self) -> str:
+        """The `model_type` of a locked model of this family."""
+        return f"dlr_{self.model_type}"
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            model_type="llama",
+            mlp="model.layers.{}.mlp",
+            attention=("q_proj", "k_proj", "v_proj", "o_proj"),
+            gate="gate_proj",
+            up="up_proj",
+            down="down_proj",
+            activation_module="act_fn",
+            layers="num_hidden_layers",
+            width="hidden_size",
+            inner="intermediate_size",
+            activation="hidden_act",
+            bias="mlp_bias",
+            dropout=None,
+            transposed=False,
+            class_prefix="DLRLlama",
+        ),
+        Family(
+            model_type="gpt2",
+            mlp="transformer.h.{}.mlp",
+            attention=("attn.c_attn", "attn.c_proj"),
+            gate=None,
+            up="c_fc",
+            down="c_proj",
+            activation_module="act",
+            layers="n_layer",
+            width="n_embd",
+            inner="n_inner",
+            activation="activation_function",
+            bias=True,
+            dropout="resid_pdrop",
+            transposed=True,
+            class_prefix="DLRGPT2",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One row of the table of DLR-Net forms.
+
+    With inner width R, a block computes B s(A1 u) * (A2 u) when `gated` and B s(A u) otherwise; `norm` puts
+    n(u) = u / rms(u) in front. `start_on` is the kind of MLP whose neurons can start it warm.
+    """
+
+    name: str
+    gated: bool
+    norm: bool
+    start_on: str | None
+    formula: str
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of shape (R, D) or (D, R) in one block."""
+        return 3 if self.gated else 2
+
+
+FORMS: dict[str, Form] = {
+    form.name: form
+    for form in (
+        Form(name="gated", gated=True, norm=False, start_on="gated", formula="B (s(A1 u) * (A2 u))"),
+        Form(name="plain", gated=False, norm=False, start_on="two-matrix", formula="B s(A u)"),
+        Form(name="prenorm", gated=False, norm=True, start_on=None, formula="B s(A u / rms(u))"),
+    )
+}
+
+# Elements per inner unit that an activation saves for backward beyond what its neighbours save already:
+# (its own saved tensors when everything is trainable, the same when the factors are frozen). SiLU and GELU
+# save their input. ReLU saves its output, which the next linear saves too. GPT-2's gelu_new is written in
+# five operations: x, x/2, tanh and 1 + tanh are saved.
+ACTIVATION_SAVES: dict[str, tuple[int, int]] = {
+    "silu": (1, 1),
+    "gelu": (1, 1),
+    "gelu_pytorch_tanh": (1, 1),
+    "relu": (0, 1),
+    "gelu_new": (4, 4),
+}
+ACTIVATION_ALIASES = {"swish": "silu"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What of a causal language model's configuration matters here."""
+
+    family: Family
+    locked: bool
+    layers: int
+    width: int
+    inner: int
+    vocabulary: int
+    tied: bool
+    activation: str
+    mlp_bias: bool
+    dropout: float
+    max_length: int | None
+    form: str | None = None
+    ranks: dict[int, tuple[int, ...]] | None = None
+
+    @property
+    def kind(self) -> str:
+        """`gated` (three matrices) or `two-matrix`."""
+        return "gated" if self.family.gated else "two-matrix"
+
+    @property
+    def mlp_params(self) -> int:
+        """Parameters of one base MLP, biases included."""
+        matrices = 3 if self.family.gated else 2
+        biases = (matrices - 1) * self.inner + self.width if self.mlp_bias else 0
+        return matrices * self.width * self.inner + biases
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read the config.json of a model folder.
+
+    Raises:
+        ConfigError: If there is no such folder or file, or it is no JSON object.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        near = _near_names(folder)
+        raise ConfigError(
+            f"No such model folder: {folder.absolute()}{near}. Name a local folder with config.json and weights."
+        )
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(f"{file.absolute()} is missing: the folder holds no Hugging Face model.") from None
+    except ValueError as error:
+        raise ConfigError(f"{file.absolute()} is no JSON: {error}. Fetch the model again.") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file.absolute()} holds no JSON object. Fetch the model again.")
+    return config
+
+
+def _near_names(path: Path) -> str:
+    import difflib
+
+    try:
+        names = [p.name for p in path.absolute().parent.iterdir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f" (near: {near[0]})" if near else ""
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The row of a configuration's `model_type`, locked or not.
+
+    Raises:
+        SurgeryError: If the family is not in the table.
+    """
+    model_type = str(config.get("model_type"))
+    family = FAMILIES.get(model_type.removeprefix("dlr_"))
+    if family is None:
+        raise SurgeryError(
+            f"model_type {model_type!r} (config.json) is not a family that dlrscale can lock: its MLPs are not in "
+            f"the table of families. Known: {', '.join(FAMILIES)}."
+        )
+    return family
+
+
+def model_shape(config: Mapping[str, Any]) -> ModelShape:
+    """Read the shape of a model from its Hugging Face configuration.
+
+    Raises:
+        SurgeryError: If the family or the activation is unknown, or a size is missing.
+    """
+    family = find_family(config)
+    missing = [key for key in (family.layers, family.width) if not isinstance(config.get(key), int)]
+    if missing:
+        raise SurgeryError(f"config.json of a {family.model_type} model lacks {', '.join(missing)}.")
+    width = config[family.width]
+    activation = str(config.get(family.activation) or "gelu_new")
+    activation = ACTIVATION_ALIASES.get(activation, activation)
+    if activation not in ACTIVATION_SAVES:
+        raise SurgeryError(
+            f"config.json: {family.activation} {activation!r} is not in the table of activations "
+            f"({', '.join(ACTIVATION_SAVES)})."
+        )
+    dlr = config.get("dlr")
+    return ModelShape(
+        family=family,
+        locked=str(config["model_type"]).startswith("dlr_"),
+        layers=config[family.layers],
+        width=width,
+        inner=config.get(family.inner) or 4 * width,
+        vocabulary=int(config.get("vocab_size", 0)),
+        tied=bool(config.get("tie_word_embeddings", family.model_type == "gpt2")),
+        activation=activation,
+        mlp_bias=family.bias if isinstance(family.bias, bool) else bool(config.get(family.bias, False)),
+        dropout=float(config.get(family.dropout, 0.1)) if family.dropout else 0.0,
+        max_length=config.get("max_position_embeddings") or config.get("n_positions"),
+        form=dlr["form"] if dlr else None,
+        ranks={int(i): tuple(r) for i, r in dlr["ranks"].items()} if dlr else None,
+    )
+
+
+def parity_width(form: str, gated_mlp: bool, inner: int) -> int:
+    """The sum of a DLR-Net's ranks at which it has as many matrix parameters as the MLP it replaces.
+
+    A form with m matrices has m D sum(R) of them, an MLP with M matrices M D F; so sum(R) = M F / m, rounded
+    down: gated F, plain and prenorm 3F/2 on a gated MLP; plain and prenorm F, gated 2F/3 on a two-matrix MLP.
+    """
+    return (3 if gated_mlp else 2) * inner // FORMS[form].matrices
+
+
+def split_ranks(total: int, depth: int) -> tuple[int, ...]:
+    """K ranks that differ by at most one and sum to `total`.
+
+    Raises:
+        SurgeryError: If there are more blocks than ranks.
+    """
+    if not 1 <= depth <= total:
+        raise SurgeryError(
+            f"--depth {depth}: a DLR-Net with {total} inner units holds 1 to {total} blocks. Take a smaller depth."
+        )
+    low, more = divmod(total, depth)
+    return (low + 1,) * more + (low,) * (depth - more)
+
+
+def resolve_ranks(form: str, shape: ModelShape, depth: int, rank: int | None) -> tuple[int, ...]:
+    """The ranks of one DLR-Net: by parity, or `rank` for every block."""
+    if rank is not None:
+        return (rank,) * depth
+    return split_ranks(parity_width(form, shape.family.gated, shape.inner), depth)
+
+
+def dlr_params(form: str, width: int, ranks: Sequence[int], bias: bool) -> int:
+    """Parameters of one DLR-Net, biases included (its coupling buffer is none)."""
+    entry, total = FORMS[form], sum(ranks)
+    inputs = entry.matrices - 1
+    return entry.matrices * width * total + ((inputs * total + width) if bias else 0)
+
+
+def param_ratio(form: str, shape: ModelShape, ranks: Sequence[int]) -> float:
+    """Parameters of a DLR-Net over those of the MLP it replaces."""
+    return dlr_params(form, shape.width, ranks, shape.mlp_bias) / shape.mlp_params
+
+
+def mlp_saved_elements(gated: bool, width: int, inner: int, activation: str, trainable: bool = True) -> int:
+    """Elements per token that eager autograd saves for a base MLP.
+
+    Two-matrix MLP, trainable: the input of both linears (D + F) and what the activation saves, D + 2F for
+    SiLU or GELU; frozen: the activation's own, F. Gated: besides, s(gate) and up for the product; D + 4F
+    and 3F. The input x counts: nobody else saves it.
+    """
+    own = ACTIVATION_SAVES[activation][0 if trainable else 1]
+    if not gated:
+        return width + (1 + own) * inner if trainable else own * inner
+    product = 2 + (own if activation != "relu" else 0)
+    return width + (1 + product) * inner if trainable else product * inner
+
+
+def dlr_saved_elements(
+    form: str, width: int, ranks: Sequence[int], activation: str, trainable: bool = True
+) -> int:
+    """Elements per token that eager autograd saves for one DLR-Net (all elements of the model's dtype).
+
+    Each block's input u_k = x + b d_k is a tensor of its own (D each; the first is x). With all trainable,
+    block k saves u_k and the input of B_k (R_k), and what lies between:
+    `plain` the activation's own; `gated` the fused (2R) output of A, s(A1 u) and nothing twice;
+    `prenorm` as plain, and its norm keeps u_k, the token's norm and the divisor (D + 2), beside n(u_k) (D).
+    Frozen factors save no linear inputs; the norm still needs D + 2 to carry gradients through.
+
+    Sums: plain K D + 2 S, frozen S; gated K D + 4 S, frozen 3 S; prenorm K (2D + 2) + 2 S, frozen
+    K (D + 2) + S, with S = sum(R) and SiLU or GELU.
+    """
+    entry, total, depth = FORMS[form], sum(ranks), len(ranks)
+    own = ACTIVATION_SAVES[activation][0 if trainable else 1]
+    if entry.gated:
+        # The fused output of A is one storage of 2R, whichever half is kept; gelu_new keeps x itself there.
+        between = 2 + 1 + (own - 1 if activation not in ("relu",) else 0)
+    else:
+        between = own
+    elements = between * total + (total + depth * width if trainable else 0)
+    if entry.norm:
+        elements += depth * (width + 2)
+    return elements
+
+
+def saved_elements(shape: ModelShape, layer: int, trainable: bool = True) -> int:
+    """Elements per token saved for the MLP part of one layer, base MLP or DLR-Net."""
+    if shape.ranks and layer in shape.ranks:
+        return dlr_saved_elements(shape.form, shape.width, shape.ranks[layer], shape.activation, trainable)
+    return mlp_saved_elements(shape.family.gated, shape.width, shape.inner, shape.activation, trainable)
+
+
+def parse_layers(text: str | None, layers: int) -> tuple[int, ...]:
+    """Layer indices from text such as `2-10,15`; all layers where the text is None.
+
+    Raises:
+        ConfigError: If the text is no such list or a layer does not exist.
+    """
+    if text is None:
+        return tuple(range(layers))
+    chosen: set[int] = set()
+    for part in str(text).split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ConfigError(f"--layers {text!r}: {part!r} is neither a layer nor a range. Write it as 2-10,15.")
+        chosen.update(range(int(first), int(last or first) + 1))
+    outside = sorted(i for i in chosen if i >= layers)
+    if outside or not chosen:
+        raise ConfigError(f"--layers {text!r}: the model has layers 0 to {layers - 1}; not there: {outside}.")
+    return tuple(sorted(chosen))

@@ -1,0 +1,96 @@
+"""Put a DLR-Net beside each MLP of a base model, so that teacher and student share one backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dlrscale import models
+from dlrscale.config import LockConfig
+from dlrscale.dlr import cold_start, warm_start
+from dlrscale.modeling.dlr_net import DLRNet
+from dlrscale.shapes import ModelShape, parse_layers, resolve_ranks
+
+Visit = Callable[["Switch", torch.Tensor, torch.Tensor], None]
+
+
+class Switch(nn.Module):
+    """An MLP and its DLR-Net in one place; `mode` says which of them answers.
+
+    `teacher`: the MLP. `student`: the DLR-Net. `flat`: the DLR-Net with every block reading x alone.
+    With a `visit` set, it is called with (switch, x, output) in the modes teacher and student.
+    """
+
+    def __init__(self, layer: int, mlp: nn.Module, net: DLRNet):
+        super().__init__()
+        self.layer = layer
+        self.mlp = mlp
+        self.net = net
+        self.mode = "teacher"
+        self.visit: Visit | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Answer as `mode` says; x and the answer are (..., D)."""
+        if self.mode == "flat":
+            return self.net(x, flat=True)
+        out = self.mlp(x) if self.mode == "teacher" else self.net(x)
+        if self.visit is not None:
+            self.visit(self, x, out)
+        return out
+
+
+def install(model: PreTrainedModel, shape: ModelShape, config: LockConfig) -> list[Switch]:
+    """Put a started DLR-Net beside the MLP of each chosen layer; only DLR-Nets stay trainable.
+
+    Args:
+        model: The base model, on the CPU.
+        shape: Its shape.
+        config: Form, depth, rank, start, layers and seed of the lock.
+
+    Returns:
+        The switches, by layer.
+
+    Raises:
+        SurgeryError: If an MLP is not where the table says, or the start is not defined.
+    """
+    layers = parse_layers(config.layers, shape.layers)
+    mlps = models.find_mlps(model, shape.family, layers)
+    model.requires_grad_(False)
+    ranks = resolve_ranks(config.form, shape, config.depth, config.rank)
+    switches = []
+    for layer, mlp in mlps.items():
+        weights = models.mlp_weights(mlp, shape.family)
+        net = DLRNet(
+            shape.width,
+            ranks,
+            config.form,
+            getattr(mlp, shape.family.activation_module),
+            bias=weights.down_bias is not None,
+            dropout=shape.dropout,
+        ).to(weights.up.dtype)
+        if config.start == "warm":
+            warm_start(net, weights)
+        else:
+            cold_start(net, torch.Generator().manual_seed(config.seed * 100_003 + layer))
+        switch = Switch(layer, mlp, net)
+        parent, _, name = shape.family.mlp.format(layer).rpartition(".")
+        setattr(model.get_submodule(parent), name, switch)
+        switches.append(switch)
+    return switches
+
+
+@contextmanager
+def mode(switches: list[Switch], name: str, visit: Visit | None = None):
+    """Set the mode and the visit of all switches while inside."""
+    before = [(s.mode, s.visit) for s in switches]
+    for switch in switches:
+        switch.mode, switch.visit = name, visit
+    try:
+        yield
+    finally:
+        for switch, (old, old_visit) in zip(switches, before, strict=True):
+            switch.mode, switch.visit = old, old_visit

@@ -1,0 +1,223 @@
+"""The one training loop: locks, heals, attacks and pretraining differ in the objective of a step alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import torch
+
+from dlrscale import record
+from dlrscale.config import RunConfig
+from dlrscale.data import Batches, StepBatch
+from dlrscale.engine import Engine
+from dlrscale.evaluate import cross_entropy_sum
+from dlrscale.measure import Phases, SavedBytes
+
+TIMING_WARMUP_STEPS = 2
+
+
+class Diverged(Exception):
+    """The loss is not finite any more."""
+
+
+class Objective(Protocol):
+    """What one optimizer step does: forward, backward and update over all micro-batches of a batch."""
+
+    def __call__(self, engine: Engine, batch: StepBatch, phases: Phases) -> dict[str, float]:
+        """Do the step; returns `loss/train` (the mean over the step's tokens of all ranks) and other metrics."""
+
+
+class Sink(Protocol):
+    """Where step rows go besides the file: the tracker, on rank 0."""
+
+    def log_step(self, row: dict[str, Any], step: int) -> None:
+        """Take one row."""
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """The rate of optimizer step 1..steps: linear to `peak` at step `warmup`, then half a cosine to 0."""
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """A stretch of steps with one objective and one schedule. `offset` steps of earlier stages came before."""
+
+    name: str
+    steps: int
+    lr: float
+    warmup: int
+    objective: Objective
+    offset: int = 0
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """Everything that the steps of a run share.
+
+    `state` travels with every checkpoint; `evaluate` gives held-out metrics when `--eval-every` asks for them.
+    """
+
+    config: RunConfig
+    engine: Engine
+    batches: Batches
+    phases: Phases
+    out: Path
+    sink: Sink | None = None
+    state: dict[str, Any] = field(default_factory=dict)
+    evaluate: Callable[[], dict[str, float]] | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where this run's checkpoints lie."""
+        return self.out / "checkpoints"
+
+    def resume(self) -> int:
+        """Go on from the newest whole checkpoint; returns the steps that are done, 0 for a fresh start."""
+        from dlrscale.engine import checkpoints
+
+        found = checkpoints(self.checkpoint_folder)
+        done = 0
+        if found:
+            self.state = self.engine.load(self.checkpoint_folder, found[-1])
+            done = found[-1]
+        steps = self.out / record.STEPS_FILE
+        if steps.exists():
+            self.rows = [row for row in record.read_lines(steps) if row["step"] <= done]
+        if self.engine.rank == 0:
+            record.write_atomic(steps, "".join(record.dumps(row) + "\n" for row in self.rows))
+        self.engine.barrier()
+        return done
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint after `done` steps."""
+        with self.phases.phase("save"):
+            self.engine.save(self.checkpoint_folder, done, self.state, self.config.keep_checkpoints)
+
+    def run(self, stage: Stage, done: int) -> int:
+        """Run a stage from the `done`-th step of the whole run on.
+
+        Returns:
+            The steps that are done now.
+
+        Raises:
+            Diverged: If the loss is not finite.
+        """
+        last = stage.offset + stage.steps
+        while done < last:
+            step = done + 1
+            row = self._step(stage, done)
+            if not math.isfinite(row["loss/train"]):
+                self._write(row)
+                raise Diverged(f"{stage.name} step {step}: the loss is {row['loss/train']}")
+            done = step
+            if self.evaluate and self.config.eval_every and done % self.config.eval_every == 0:
+                with self.phases.phase("evaluate"):
+                    row |= self.evaluate()
+            self._write(row)
+            if self.config.checkpoint_every and (done % self.config.checkpoint_every == 0 or done == last):
+                self.save(done)
+        return done
+
+    def _step(self, stage: Stage, done: int) -> dict[str, Any]:
+        config, engine = self.config, self.engine
+        self.phases.take_step()
+        start = time.perf_counter()
+        batch = self.batches.step(done)
+        data_s = time.perf_counter() - start
+        # Whatever is random in a step depends on the step alone, so that a resumed run repeats it.
+        torch.manual_seed((config.seed * 1_000_003 + done) * 4_099 + engine.rank)
+        engine.set_lr(learning_rate(done - stage.offset + 1, stage.steps, stage.lr, stage.warmup))
+        rate = engine.lr
+        start = time.perf_counter()
+        metrics = stage.objective(engine, batch, self.phases)
+        step_s = time.perf_counter() - start
+        tokens_before = self.rows[-1]["tokens"] if self.rows else 0
+        return {
+            "step": done + 1,
+            "phase": stage.name,
+            **metrics,
+            "tokens": tokens_before + batch.tokens,
+            "processed_tokens": batch.processed_tokens,
+            "label_tokens": batch.label_tokens,
+            "optim/lr": rate,
+            "time/step_s": step_s,
+            "time/data_s": data_s,
+            **{f"time/{name}_s": value for name, value in self.phases.take_step().items()},
+            "throughput/tokens_per_s": batch.tokens / step_s,
+            "throughput/tokens_per_s_per_device": batch.tokens / step_s / engine.world_size,
+        }
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.engine.rank == 0:
+            record.append_line(self.out / record.STEPS_FILE, row)
+            if self.sink is not None:
+                self.sink.log_step({k: v for k, v in row.items() if "/" in k}, row["step"])
+
+    def summary(self, stage: str) -> dict[str, float]:
+        """Medians over the steps of a stage without its first ones, which warm up, and the last loss."""
+        rows = [row for row in self.rows if row["phase"] == stage]
+        timed = rows[TIMING_WARMUP_STEPS:] or rows
+        if not rows:
+            return {}
+        keys = [k for k in timed[-1] if k.startswith(("time/", "throughput/"))]
+        found = {k: median(row[k] for row in timed if k in row) for k in keys}
+        return {"loss/train": rows[-1]["loss/train"], **found}
+
+
+class LanguageModelling:
+    """Next-token cross-entropy, the mean over all label tokens of the step, whatever rank holds them.
+
+    Args:
+        counter: Counts the bytes saved for backward in the first micro-batch that is seen, if given.
+    """
+
+    def __init__(self, counter: SavedBytes | None = None):
+        self.counter = counter
+        self.counted: dict[str, float] = {}
+
+    def __call__(self, engine: Engine, batch: StepBatch, phases: Phases) -> dict[str, float]:
+        """One step; see `Objective`."""
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        scale = engine.world_size * len(batch.micro_batches) / batch.label_tokens
+        norm = math.nan
+        for index, micro in enumerate(batch.micro_batches):
+            engine.boundary(index == len(batch.micro_batches) - 1)
+            micro = {k: v.to(engine.device) for k, v in micro.items()}
+            with phases.phase("forward"):
+                nats = self._forward(engine, micro)
+            with phases.phase("backward"):
+                engine.backward(nats * scale)
+            total += nats.detach().double()
+        with phases.phase("optimizer"):
+            norm = engine.step()
+        return {"loss/train": float(engine.sum_over_ranks(total)) / batch.label_tokens, "optim/grad_norm": norm}
+
+    def _forward(self, engine: Engine, micro: dict[str, torch.Tensor]) -> torch.Tensor:
+        def loss() -> torch.Tensor:
+            logits = engine.ds(
+                input_ids=micro["input_ids"], attention_mask=micro["attention_mask"], use_cache=False
+            ).logits
+            return cross_entropy_sum(logits, micro["labels"])[0]
+
+        if self.counter is None:
+            return loss()
+        with self.counter:
+            nats = loss()
+        tokens = micro["input_ids"].numel()
+        self.counted = {
+            "memory/saved_bytes_per_token": self.counter.total / tokens,
+            "memory/saved_mlp_bytes_per_token": sum(self.counter.by_part.values()) / tokens,
+        }
+        self.counter = None
+        return nats

@@ -110,14 +110,9 @@ def load(
             f"--seq-len is {seq_len}: a sequence needs at least 2 tokens to hold a predicted one."
         )
     counts = dict.fromkeys(COUNT_KEYS, 0)
-    if path.startswith("embedded:"):
-        return _pack(path, _embedded(path, counts), tokenizer, seq_len, counts)
-    text = _read_text(Path(path))
-    if not path.lower().removesuffix(".gz").endswith((".jsonl", ".json")):
-        text = text.replace("\r\n", "\n")
-        documents = text.split(document_separator) if document_separator else [text]
-        return _pack(path, (d.strip("\n") for d in documents), tokenizer, seq_len, counts)
-    records = list(_records(path, text, columns))
+    if not _is_jsonl(path):
+        return _pack(path, documents(path, document_separator, counts), tokenizer, seq_len, counts)
+    records = list(_records(path, _read_text(Path(path)), columns))
     if not records:
         raise ConfigError(f"{path}: holds no record. Give a file with one JSON object per line.")
     if len(records[0]) == 1:
@@ -125,18 +120,50 @@ def load(
     return _pair_data(path, records, tokenizer, seq_len, counts)
 
 
+def _is_jsonl(path: str) -> bool:
+    return path.lower().removesuffix(".gz").endswith((".jsonl", ".json"))
+
+
+def documents(path: str, separator: str | None, counts: dict[str, int]) -> Iterator[str]:
+    """The documents of an embedded corpus or of a plain text file.
+
+    Args:
+        path: One of `EMBEDDED`, or a text file.
+        separator: Text between documents; without one a file is one document.
+        counts: `unreadable` and `overlapping` are counted here.
+
+    Returns:
+        Texts without the line breaks around them.
+    """
+    if path.startswith("embedded:"):
+        return _embedded(path, counts)
+    text = _read_text(Path(path)).replace("\r\n", "\n")
+    return (d.strip("\n") for d in (text.split(separator) if separator else [text]))
+
+
+def check_place(place: str | None) -> None:
+    """Refuse a data file that is not there; None and embedded corpora pass.
+
+    Raises:
+        ConfigError: If the file is missing; a near name in its folder is offered.
+    """
+    if place is None or place.startswith("embedded:") or Path(place).is_file():
+        return
+    path = Path(place)
+    if path.is_dir():
+        raise ConfigError(f"{path.absolute()} is a folder. Name the data file in it.")
+    folder = path.absolute().parent
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    hint = (
+        f"Did you mean {near[0]!r} there?" if near else f"Give a file, or one of {', '.join(EMBEDDED)}."
+    )
+    raise ConfigError(f"No such data file: {path.absolute()}. {hint}")
+
+
 def _read_text(path: Path) -> str:
     """The text of a UTF-8 file without a byte order mark, unzipped where its name ends in .gz."""
-    if not path.is_file():
-        if path.is_dir():
-            raise ConfigError(f"{path.absolute()} is a folder. Name the data file in it.")
-        folder = path.absolute().parent
-        names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, n=1)
-        hint = (
-            f"Did you mean {near[0]!r} there?" if near else f"Give a file, or one of {', '.join(EMBEDDED)}."
-        )
-        raise ConfigError(f"No such data file: {path.absolute()}. {hint}")
+    check_place(str(path))
     try:
         raw = path.read_bytes()
         if path.name.lower().endswith(".gz"):

@@ -110,7 +110,7 @@ class Distiller:
                     flat = token_error(switch.net(x, flat=True), y.detach(), floor)
                     per_token = error + self.config.harden_weight * F.relu(self.config.harden_target - flat)
                 loss = (per_token * mask).sum()
-            engine.backward(loss * scale)
+            engine.backward(loss, scale)
             sums[0] += loss.detach().double()
             sums[1] += (error.detach() * mask).sum().double()
 
@@ -154,7 +154,7 @@ class Distiller:
                 if penalties:
                     loss = loss + self.config.heal_harden_weight * torch.stack(penalties).sum()
             with phases.phase("backward"):
-                engine.backward(loss * scale)
+                engine.backward(loss, scale)
             sums += torch.stack([loss.detach(), divergence.detach()]).double()
         with phases.phase("optimizer"):
             norm = engine.step()

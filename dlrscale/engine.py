@@ -246,10 +246,15 @@ class Engine:
         self.accumulation = int(ds_config["gradient_accumulation_steps"])
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.own_schedule = "scheduler" in ds_config
+        # A bf16 engine casts buffers too; those that the model keeps in fp32 (rotary frequencies) must stay so.
+        kept = {name: b.clone() for name, b in model.named_buffers() if b.dtype.is_floating_point and b.numel() > 1}
         self.ds, self.optimizer, _, _ = deepspeed.initialize(
             model=model, model_parameters=trainable, config=json.loads(json.dumps(ds_config))
         )
         self.device = self.ds.device
+        for name, buffer in kept.items():
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, buffer.to(self.device))
 
     @property
     def module(self) -> nn.Module:
@@ -275,12 +280,12 @@ class Engine:
         """The rate that the optimizer's first group holds."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Backward through DeepSpeed, which divides by the accumulation and averages over ranks."""
+    def backward(self, loss: torch.Tensor, scale: float) -> None:
+        """Backward of `loss * scale` through DeepSpeed, which divides by the accumulation and averages over ranks."""
         import torch
 
         with torch.enable_grad():
-            self.ds.backward(loss)
+            self.ds.backward(loss * scale)
 
     def boundary(self, last: bool) -> None:
         """Say before a micro-batch whether it is the last of its optimizer step."""
@@ -374,13 +379,7 @@ class Engine:
             ConfigError: If another number of ranks or another stage wrote it.
             JobError: If it lacks a trainable parameter.
         """
-        whole = json.loads((folder / f"step{step}" / "whole.json").read_text(encoding="utf-8"))
-        if (whole["world_size"], whole["stage"]) != (self.world_size, self.stage):
-            raise ConfigError(
-                f"{folder}/step{step} was written by {whole['world_size']} ranks at ZeRO stage {whole['stage']}; "
-                f"this run has {self.world_size} ranks at stage {self.stage}. Go on with --num-ranks "
-                f"{whole['world_size']} --zero {whole['stage']}, or start anew in another --out."
-            )
+        check_layout(folder, self.world_size, self.stage)
         path, state = self.ds.load_checkpoint(str(folder), tag=f"step{step}", load_module_strict=False)
         if path is None:
             raise JobError(f"DeepSpeed could not load {folder}/step{step}. Delete that folder to go on from an older one.")
@@ -399,3 +398,19 @@ def checkpoints(folder: Path) -> list[int]:
         if sizes == whole["files"]:
             found.append(int(whole["step"]))
     return sorted(found)
+
+
+def check_layout(folder: Path, world_size: int, stage: int) -> None:
+    """Refuse to go on from checkpoints of another number of ranks or another ZeRO stage.
+
+    Raises:
+        ConfigError: If the newest whole checkpoint has another layout.
+    """
+    for step in checkpoints(folder)[-1:]:
+        whole = json.loads((folder / f"step{step}" / "whole.json").read_text(encoding="utf-8"))
+        if (whole["world_size"], whole["stage"]) != (world_size, stage):
+            raise ConfigError(
+                f"{folder}/step{step} was written by {whole['world_size']} ranks at ZeRO stage {whole['stage']}; this "
+                f"run has {world_size} ranks at stage {stage}. Go on with --num-ranks {whole['world_size']} --zero "
+                f"{whole['stage']}, or start anew in another --out."
+            )

@@ -7,6 +7,7 @@ here without remote code.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dlrscale import shapes
+from dlrscale.config import PretrainConfig
 from dlrscale.errors import ConfigError, SurgeryError
 from dlrscale.shapes import Family
 
@@ -129,4 +131,51 @@ def mlp_weights(mlp: nn.Module, family: Family) -> MLPWeights:
         gate_bias=bias(family.gate) if family.gate else None,
         up_bias=bias(family.up),
         down_bias=bias(family.down),
+    )
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer with `<s>` put in front, `</s>` for the end and `<pad>`.
+
+    Args:
+        texts: The documents to learn from.
+        vocabulary: Tokens in all, special ones included.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="right"
+    )
+
+
+def build_llama(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A small Llama of random weights, embeddings tied; its seed is torch's global one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.width,
+            intermediate_size=config.inner,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=config.seq_len,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     )

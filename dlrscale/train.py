@@ -197,7 +197,7 @@ class LanguageModelling:
             with phases.phase("forward"):
                 nats = self._forward(engine, micro)
             with phases.phase("backward"):
-                engine.backward(nats * scale)
+                engine.backward(nats, scale)
             total += nats.detach().double()
         with phases.phase("optimizer"):
             norm = engine.step()

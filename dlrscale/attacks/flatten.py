@@ -1,0 +1,33 @@
+"""The transform `flatten`: every block reads x alone, so each DLR-Net is one ordinary MLP, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dlrscale import models, shapes
+from dlrscale.export import flattened_model, save_folder
+
+
+def apply(folder: Path, out: Path) -> Path:
+    """Export the flattened model as a folder of the base's own architecture.
+
+    Args:
+        folder: The attacked model's folder.
+        out: Where the transformed folder goes.
+
+    Returns:
+        `out`; or `folder` itself where the model is not locked, since there is nothing to flatten.
+
+    Raises:
+        SurgeryError: If the form is no ordinary MLP.
+    """
+    if not shapes.model_shape(shapes.read_config(folder)).locked:
+        return folder
+    save_folder(flattened_model(models.load_model(folder, stored_dtype(folder))), models.load_tokenizer(folder), out, {})
+    return out
+
+
+def stored_dtype(folder: Path) -> str:
+    """The precision that a folder's config names, `fp32` where it names none."""
+    config = shapes.read_config(folder)
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(str(config.get("dtype") or config.get("torch_dtype")), "fp32")

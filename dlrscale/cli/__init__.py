@@ -1,0 +1,307 @@
+"""The `dlrscale` command. Heavy imports stand inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dlrscale import __version__, catalogue
+from dlrscale.cli.options import DATA_OPTIONS, ENGINE_OPTIONS, PATH, RUN_OPTIONS, TRAIN_OPTIONS
+from dlrscale.errors import ConfigError, DlrscaleError, JobError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="dlrscale")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def dlrscale(debug: bool) -> None:
+    """Measure what a fine-tuning lock on open weights really costs an attacker.
+
+    \b
+    dlrscale demo                 the whole line on an embedded model, in minutes, without a download
+    dlrscale lock --help          replace a model's MLPs by deep low-rank residual networks
+    dlrscale attack --help        fine-tune base and locked model by one strategy, on DeepSpeed
+    dlrscale report results       tables, plots and verdicts from the records
+    """
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; errors that are written for people end in one message and their exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        dlrscale.main(args=argv, prog_name="dlrscale", standalone_mode=False)
+        code = 0
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.Abort:
+        code = 130
+        _say("interrupted; the same command goes on from the last checkpoint")
+    except click.ClickException as error:
+        code = 2
+        if _speaks():
+            error.show()
+    except DlrscaleError as error:
+        code = error.exit_code
+        if "--debug" in argv:
+            traceback.print_exc()
+        _say(str(error))
+    sys.exit(code)
+
+
+def _speaks() -> bool:
+    """Whether this process may print: it is no rank, or it is the first one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(message: str) -> None:
+    if _speaks():
+        click.echo(f"Error: {message}", err=True)
+
+
+@dlrscale.command(context_settings=CONTEXT)
+@click.option("--model", required=True, type=PATH, help="Folder of the pretrained base model.")
+@DATA_OPTIONS
+@TRAIN_OPTIONS
+@click.option("--form", type=click.Choice(["gated", "plain", "prenorm"]), help="[default: gated; plain on two-matrix MLPs]")
+@click.option("--depth", type=int, default=32, show_default=True, help="Blocks in each DLR-Net.")
+@click.option("--rank", type=int, help="One rank for all blocks.  [default: as many parameters as the MLP]")
+@click.option("--start", type=click.Choice(["warm", "cold"]), help="[default: warm where it is defined, else cold]")
+@click.option("--coupling", type=float, default=0.25, show_default=True, help="How strongly blocks depend on one another.")
+@click.option("--harden/--no-harden", default=True, show_default=True, help="Train the flattened model to be useless.")
+@click.option("--harden-weight", type=float, default=0.03, show_default=True, help="Weight of hardening; a tenth while healing.")
+@click.option("--harden-target", type=float, default=1.0, show_default=True, help="Flat error at which hardening stops.")
+@click.option("--layers", help="Layers to lock, such as 2-10,15.  [default: all]")
+@click.option("--heal-steps", type=int, default=75, show_default=True, help="Steps of end-to-end distillation.")
+@click.option("--heal-lr", type=float, default=1e-3, show_default=True)
+@RUN_OPTIONS
+@ENGINE_OPTIONS
+def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
+    """Lock a model: distil a DLR-Net for each MLP, heal, evaluate, export.
+
+    \b
+    dlrscale lock --model ./base --data corpus.txt --document-separator '<|endoftext|>' --depth 32 --zero 2
+    dlrscale lock --model ./base --data corpus.jsonl --num-ranks 8 --zero 3 --offload-optimizer --dry-run
+    deepspeed launch/lock.py --model ./base --data corpus.txt --deepspeed_config ds_configs/zero2.json
+    """
+    from dlrscale import shapes
+    from dlrscale.cli.run import execute, inside_launch, resolve, run_rank
+    from dlrscale.config import LockConfig
+
+    shape = shapes.model_shape(shapes.read_config(options["model"]))
+    options["form"] = options["form"] or ("gated" if shape.family.gated else "plain")
+    if options["start"] is None:
+        options["start"] = "warm" if shapes.FORMS[options["form"]].start_on == shape.kind else "cold"
+    config = resolve(LockConfig, options, _levers(options, catalogue.Levers(activation_checkpointing="none")), "lock")
+    if inside_launch():
+        run_rank(config)
+    if not dry_run:
+        click.echo(f"lock {config.name}: form {config.form}, depth {config.depth}, {config.start} start", err=True)
+    execute(config, dry_run=dry_run)
+
+
+def _levers(options: dict[str, Any], own: catalogue.Levers) -> catalogue.Levers:
+    """The levers of a job that is no strategy: by hand, its own, the defaults."""
+    by_hand = {f.name: options.get(f.name) for f in dataclasses.fields(catalogue.Levers)}
+    return catalogue.Strategy(name="", idea="", source="", saved="", cost="", levers=own).resolve(
+        catalogue.Levers(**by_hand)
+    )
+
+
+@dlrscale.command(context_settings=CONTEXT)
+@click.option("--model", required=True, type=PATH, help="Folder of the model to attack, locked or not.")
+@click.option("--base", type=PATH, help="Folder of the base model: attacked in the same way, for the ratios.")
+@click.option("--strategy", required=True, help="One of `dlrscale strategies`.")
+@click.option("--set", "knobs", multiple=True, metavar="KNOB=VALUE", help="A strategy's own knob; `dlrscale strategies NAME` lists them.")
+@DATA_OPTIONS
+@click.option("--heldout-base", type=PATH, help="Held-out data of the base model's own domain.")
+@TRAIN_OPTIONS
+@click.option("--activation-checkpointing", type=click.Choice(["none", "layer"]), help="[default: the strategy's]")
+@RUN_OPTIONS
+@ENGINE_OPTIONS
+def attack(
+    base: str | None, strategy: str, knobs: tuple[str, ...], dry_run: bool, local_rank: int | None, **options: Any
+) -> None:
+    """Fine-tune a locked model, and with --base the unlocked one, by one strategy.
+
+    \b
+    dlrscale attack --model ./locked --base ./base --strategy ckpt-layer --data task.jsonl --heldout test.jsonl
+    dlrscale attack --model ./locked --strategy lora --set rank=16 --data gsm8k.jsonl.gz \\
+        --columns prompt=question,completion=answer --zero 3 --offload-optimizer
+    """
+    from dlrscale import report
+    from dlrscale.cli.run import inside_launch, run_rank
+
+    jobs_ = attack_configs(options, base, strategy, knobs)
+    if inside_launch():
+        if base:
+            raise ConfigError("--base: a direct launch attacks one model. Launch it again with --model BASE, or use `dlrscale attack`.")
+        run_rank(jobs_[0])
+    records = run_all(jobs_, dry_run)
+    if len(records) > 1:
+        click.echo(report.summary_table(records))
+
+
+def attack_configs(options: dict[str, Any], base: str | None, strategy: str, knobs: tuple[str, ...]) -> list[Any]:
+    """The configurations of an attack: of the base model, if given, and of the model itself."""
+    from dlrscale import export, shapes
+    from dlrscale.cli.run import resolve
+    from dlrscale.config import AttackConfig
+
+    entry = catalogue.strategy(strategy)
+    pairs = dict(knob.partition("=")[::2] for knob in knobs)
+    by_hand = catalogue.Levers(**{f.name: options.get(f.name) for f in dataclasses.fields(catalogue.Levers)})
+    levers = entry.resolve(by_hand)
+    shared = options | {"strategy": strategy, "knobs": entry.resolve_knobs(pairs)}
+    for folder in filter(None, (options["model"], base)):
+        shapes.find_family(shapes.read_config(folder))
+    manifest = export.read_manifest(options["model"])
+    shared["lock_id"] = manifest["lock_id"] if manifest else None
+    if base and manifest is None:
+        raise ConfigError(f"--base is for a locked --model; {options['model']} has no lock.json. Leave --base out.")
+    if base and export.read_manifest(base):
+        raise ConfigError(f"--base {base} is a locked model itself (it has a lock.json). Name the unlocked one.")
+    found = []
+    for side, folder in (("base", base), ("locked" if manifest else "base", options["model"])):
+        if folder is None:
+            continue
+        own = shared | {"model": folder}
+        if base and options.get("out"):
+            own["out"] = str(Path(options["out"]) / side)
+        if options.get("name"):
+            own["name"] = f"{options['name']}-{side}" if base else options["name"]
+        found.append(resolve(AttackConfig, own, levers, f"{strategy}-{side}"))
+    return found
+
+
+def run_all(configs: list[Any], dry_run: bool = False) -> list[dict[str, Any]]:
+    """Run jobs one after the other; one that fails does not keep the next from running.
+
+    Raises:
+        JobError: If one failed, after all have run.
+    """
+    from dlrscale.cli.run import execute
+
+    records, failures = [], []
+    for config in configs:
+        try:
+            entry = execute(config, dry_run=dry_run)
+        except JobError as error:
+            failures.append(str(error))
+            continue
+        if entry is not None:
+            records.append(entry)
+    if failures:
+        raise JobError("\n".join(failures))
+    return records
+
+
+@dlrscale.command(context_settings=CONTEXT)
+@click.argument("name", required=False)
+def strategies(name: str | None) -> None:
+    """List the attacker strategies, or show one with its axes, levers and knobs.
+
+    \b
+    dlrscale strategies
+    dlrscale strategies lora
+    """
+    if name is None:
+        width = max(map(len, catalogue.STRATEGIES))
+        for entry in catalogue.STRATEGIES.values():
+            click.echo(f"{entry.name:<{width}}  {entry.idea}")
+        return
+    entry = catalogue.strategy(name)
+    levers = dataclasses.asdict(entry.resolve(catalogue.Levers()))
+    lines = {
+        "idea": entry.idea,
+        "source": entry.source,
+        "transform": f"{entry.transform}: {catalogue.TRANSFORMS[entry.transform]}",
+        "trainable": f"{entry.trainable}: {catalogue.TRAINABLE[entry.trainable]}",
+        "gradient": f"{entry.gradient}: {catalogue.GRADIENTS[entry.gradient]}, {'exact' if entry.exact else 'not exact'}",
+        "levers": ", ".join(f"{k.replace('_', '-')} {v}" for k, v in levers.items()),
+        "saved": entry.saved,
+        "cost": entry.cost,
+        "knobs": "; ".join(f"{n}={v} ({text})" for n, v, text in entry.knobs) or "none",
+    }
+    click.echo(entry.name)
+    for key, value in lines.items():
+        click.echo(f"  {key:<10} {value}")
+
+
+@dlrscale.command(context_settings=CONTEXT)
+@click.argument("places", nargs=-1, type=PATH)
+@click.option("--out", type=PATH, help="Folder of the report.  [default: the first place]")
+def report(places: tuple[str, ...], out: str | None) -> None:
+    """Turn the records below some folders into report.md and one self-contained report.html.
+
+    \b
+    dlrscale report
+    dlrscale report results/demo --out results/demo
+    """
+    from dlrscale import report as reporting
+
+    folders = [Path(p) for p in places] or [Path("results")]
+    for file in reporting.build(folders, Path(out) if out else folders[0]):
+        click.echo(file)
+
+
+@dlrscale.command(context_settings=CONTEXT)
+@click.option("--tracking-uri", help="MLflow store to show.  [default: sqlite in ./results]")
+@click.option("--port", type=int, default=5000, show_default=True)
+def ui(tracking_uri: str | None, port: int) -> None:
+    """Open the MLflow UI on the loopback interface.
+
+    \b
+    dlrscale ui
+    dlrscale ui --port 5001
+    """
+    from dlrscale import tracking
+
+    tracking.serve(tracking_uri or tracking.default_uri(), port=port)
+
+
+@dlrscale.command(context_settings=CONTEXT)
+@DATA_OPTIONS
+@TRAIN_OPTIONS
+@click.option("--width", type=int, default=160, show_default=True, help="Model width D.")
+@click.option("--inner", type=int, default=432, show_default=True, help="Inner width F of the MLPs.")
+@click.option("--num-layers", type=int, default=6, show_default=True)
+@click.option("--heads", type=int, default=8, show_default=True)
+@click.option("--kv-heads", type=int, default=4, show_default=True)
+@click.option("--vocabulary", type=int, default=2048, show_default=True, help="Tokens of the tokenizer that is trained.")
+@RUN_OPTIONS
+@ENGINE_OPTIONS
+def pretrain(dry_run: bool, local_rank: int | None, **options: Any) -> None:
+    """Train a small Llama and its tokenizer on text, from random numbers.
+
+    \b
+    dlrscale pretrain --data embedded:stdlib --heldout embedded:stdlib-heldout --seq-len 256 --steps 2000
+    """
+    from dlrscale.cli.run import execute, inside_launch, resolve, run_rank
+    from dlrscale.config import PretrainConfig
+
+    levers = _levers(options, catalogue.Levers(activation_checkpointing="none"))
+    config = resolve(PretrainConfig, options, levers, "pretrain")
+    if inside_launch():
+        run_rank(config)
+    execute(config, dry_run=dry_run)
+
+
+@dlrscale.command(context_settings=CONTEXT)
+@click.option("--out", type=PATH, default="results/demo", show_default=True, help="Folder of all its runs.")
+@click.option("--tracking-uri", help="MLflow store.  [default: sqlite in ./results]")
+def demo(out: str, tracking_uri: str | None) -> None:
+    """Lock the embedded model, attack base and locked with four strategies, and say what it means.
+
+    \b
+    dlrscale demo
+    """
+    from dlrscale.cli.demo import run_demo
+
+    run_demo(Path(out), tracking_uri)

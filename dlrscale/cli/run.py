@@ -1,0 +1,224 @@
+"""From options to a configuration, and from a configuration to a finished job, in the command's own process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dlrscale import catalogue, launcher, record
+from dlrscale import config as configuration
+from dlrscale.config import LockConfig, RunConfig
+from dlrscale.errors import ConfigError, JobError
+from dlrscale.record import Outcome
+
+
+def parse_columns(text: str | None) -> dict[str, str] | None:
+    """Read `prompt=question,completion=answer`.
+
+    Raises:
+        ConfigError: If it is not of that form.
+    """
+    if text is None:
+        return None
+    pairs = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    if set(pairs) not in ({"text"}, {"prompt", "completion"}) or text.count("=") != text.count(",") + 1:
+        raise ConfigError(f"--columns {text}: write prompt=KEY,completion=KEY or text=KEY.")
+    return pairs
+
+
+def absolute(place: str | None) -> str | None:
+    """An absolute path; embedded corpora and nothing stay as they are."""
+    return place if place is None or place.startswith("embedded:") else os.path.abspath(place)
+
+
+def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, default_name: str) -> Any:
+    """Turn the options of a command into a configuration: absolute paths, defaults, one place for each setting.
+
+    Args:
+        kind: LockConfig, AttackConfig or PretrainConfig.
+        options_: The command's options, without dry_run and local_rank.
+        levers: The levers in force where no DeepSpeed file decides them.
+        default_name: The run's name where none was given.
+
+    Returns:
+        The configuration, with `out` from the run's resume_id where none was given.
+
+    Raises:
+        ConfigError: If something is wrong or contradicts the DeepSpeed file.
+    """
+    from dlrscale import data, engine, shapes, tracking
+
+    values = dict(options_)
+    for key in ("model", "data", "heldout", "heldout_base", "out", "deepspeed_config", "hostfile"):
+        if key in values:
+            values[key] = absolute(values[key])
+    if values.get("model"):
+        shapes.read_config(values["model"])
+    values["columns"] = parse_columns(values.get("columns"))
+    given = {k: values.pop(k, None) for k in ("zero", "offload_optimizer", "offload_param", "activation_checkpointing")}
+    values |= dataclasses.asdict(levers)
+    file: dict[str, Any] = {}
+    if values.get("deepspeed_config"):
+        file = engine.read_file(values["deepspeed_config"])
+        decided = engine.file_levers(file)
+        clash = [
+            f"--{k.replace('_', '-')} {given[k]} and {k if k != 'zero' else 'zero_optimization.stage'} {v} in "
+            f"{values['deepspeed_config']} differ. Give one of them."
+            for k, v in decided.items()
+            if given[k] is not None and given[k] != v
+        ]
+        dtype = engine.file_dtype(file)
+        if dtype and values.get("dtype") and values["dtype"] != dtype:
+            clash.append(f"--dtype {values['dtype']} and {dtype}.enabled in {values['deepspeed_config']} differ. Give one.")
+        if clash:
+            raise ConfigError(clash)
+        values |= decided
+        values["dtype"] = values.get("dtype") or dtype
+    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        values["num_ranks"] = int(os.environ["WORLD_SIZE"])
+    values["num_ranks"] = values.get("num_ranks") or engine.device_count()
+    values["micro_batch"], values["accumulation"] = engine.resolve_batch(
+        file, values.get("micro_batch"), values.get("accumulation"), values["num_ranks"]
+    )
+    values["dtype"] = values.get("dtype") or ("fp32" if engine.device_type() == "cpu" else "bf16")
+    values["tracking_uri"] = values.get("tracking_uri") or tracking.default_uri()
+    values["name"] = values.get("name") or default_name
+    chosen_out = values.pop("out", None)
+    config = kind(out=chosen_out or "", **values)
+    configuration.check(config)
+    for key in ("data", "heldout", "heldout_base"):
+        data.check_place(values.get(key))
+    if chosen_out is None:
+        resume_id = configuration.run_ids(config, engine.merge(config))[1]
+        config = dataclasses.replace(config, out=str(Path("results").absolute() / f"{config.name}-{resume_id[:8]}"))
+    return config
+
+
+def inside_launch() -> bool:
+    """Whether this process is a rank that the DeepSpeed launcher started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_rank(config: RunConfig) -> None:
+    """Run a job as one rank of a direct `deepspeed launch/...`; rank 0 alone speaks. Ends the process."""
+    from dlrscale import jobs, tracking
+
+    first = os.environ["RANK"] == "0"
+    jobs.preflight(config)
+    if first and config.tracking_uri != "none":
+        tracking.prepare(config.tracking_uri)
+    code = jobs.run(config, jobs.make_tracker)
+    if first:
+        entry = last_record(config)
+        for line in jobs.summary_lines(entry, Path(config.out)) if entry else []:
+            click.echo(line)
+    sys.exit(code)
+
+
+def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) -> dict[str, Any] | None:
+    """Check a job, launch it, wait for it and say how it ended.
+
+    Args:
+        config: The resolved configuration.
+        dry_run: Print the merged DeepSpeed configuration and the launch line instead.
+        quiet: Do not print the summary.
+
+    Returns:
+        The record; None after a dry run.
+
+    Raises:
+        ConfigError: If the input is wrong.
+        JobError: If the job failed; its record was written all the same.
+    """
+    from dlrscale import jobs, tracking
+
+    merged = jobs.preflight(config)
+    if dry_run:
+        click.echo(json.dumps(merged, indent=2))
+        click.echo(launcher.show(launcher.command(config)))
+        return None
+    run_id, resume_id = configuration.run_ids(config, merged)
+    out = Path(config.out)
+    configuration.claim_folder(out, resume_id)
+    entry = last_record(config)
+    if entry is not None and entry["outcome"] == Outcome.OK.value and entry["id"] == run_id:
+        click.echo(f"{config.name}: was done before", err=True)
+    else:
+        if config.tracking_uri != "none":
+            tracking.prepare(config.tracking_uri)
+        before = count_records(config)
+        with Progress(config) as progress:
+            code = launcher.run(config, progress.update)
+        if count_records(config) == before:
+            entry = jobs.describe(config, merged, run_id, resume_id)
+            entry |= {"outcome": Outcome.OOM.value if code == launcher.EXIT_OOM else Outcome.FAILED.value,
+                      "started": record.now(), "metrics": {}, "phases": {},
+                      "error": f"the ranks ended (launcher exit code {code}) and left no record; see {out}/ranks.log"}
+            record.append_line(out / record.RECORDS_FILE, entry)
+        entry = last_record(config)
+        if entry["outcome"] == Outcome.FAILED.value and code == launcher.EXIT_CONFIG:
+            raise ConfigError(entry["error"])
+    if entry["outcome"] == Outcome.FAILED.value:
+        raise JobError(
+            f"{config.name} failed: {entry['error']}\nThe end of {out / 'ranks.log'}:\n{launcher.tail(out / 'ranks.log')}"
+        )
+    if not quiet:
+        for line in jobs.summary_lines(entry, out):
+            click.echo(line)
+    return entry
+
+
+def count_records(config: RunConfig) -> int:
+    """Records in a run's folder."""
+    file = Path(config.out) / record.RECORDS_FILE
+    return sum(1 for _ in record.read_lines(file)) if file.exists() else 0
+
+
+def last_record(config: RunConfig) -> dict[str, Any] | None:
+    """The newest record of a run's folder."""
+    file = Path(config.out) / record.RECORDS_FILE
+    rows = list(record.read_lines(file)) if file.exists() else []
+    return rows[-1] if rows else None
+
+
+class Progress:
+    """A progress bar over a run's steps, drawn from its step rows."""
+
+    def __init__(self, config: RunConfig):
+        self.file = Path(config.out) / record.STEPS_FILE
+        self.total = config.steps + (config.heal_steps if isinstance(config, LockConfig) else 0)
+        self.label = config.name
+        self.position = 0
+
+    def __enter__(self) -> Progress:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=self.total, desc=self.label, unit="step", dynamic_ncols=True, file=sys.stderr)
+        return self
+
+    def update(self) -> None:
+        """Move the bar to the newest complete row."""
+        try:
+            with open(self.file, "rb") as file:
+                file.seek(0 if file.seek(0, os.SEEK_END) < self.position else self.position)
+                block = file.read()
+        except OSError:
+            return
+        whole, newline, _ = block.rpartition(b"\n")
+        if not newline:
+            return
+        self.position += len(whole) + 1
+        row = json.loads(whole.rpartition(b"\n")[2])
+        self.bar.n = row["step"]
+        self.bar.set_postfix_str(f"{row['phase']} loss {row['loss/train']:.4f}" if row["loss/train"] is not None else "")
+        self.bar.refresh()
+
+    def __exit__(self, *error: object) -> None:
+        self.update()
+        self.bar.close()

@@ -1,0 +1,291 @@
+"""Hugging Face folders in and out: the locked model with its manifest, and the flattened one without."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dlrscale import dlr, models, record, shapes
+from dlrscale.config import PretrainConfig
+from dlrscale.errors import ConfigError, SurgeryError
+from dlrscale.models import MLPWeights
+from dlrscale.shapes import Family, ModelShape
+
+MANIFEST = "lock.json"
+SHARD_SIZE = "5GB"
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """The manifest of a locked folder, or None where there is none.
+
+    Raises:
+        ConfigError: If it is no JSON object.
+    """
+    file = Path(folder) / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: no JSON: {error}. Export the locked model again.") from None
+    if not isinstance(manifest, dict):
+        raise ConfigError(f"{file}: holds no JSON object. Export the locked model again.")
+    return manifest
+
+
+def locked_model(
+    base_folder: str | Path, dtype: str, form: str, nets: dict[int, dict[str, torch.Tensor]]
+) -> PreTrainedModel:
+    """Build the locked model from the base model's folder and the weights of its DLR-Nets.
+
+    Args:
+        base_folder: The base model's folder.
+        dtype: `fp32` or `bf16`.
+        form: The form of the DLR-Nets.
+        nets: State of each DLR-Net by layer (`Distiller.weights`).
+    """
+    base = models.load_model(base_folder, dtype)
+    shape = shapes.model_shape(base.config.to_dict())
+    config_class, model_class = models.locked_classes(shape.family)
+    ranks = {str(layer): _ranks(state) for layer, state in nets.items()}
+    values = base.config.to_dict() | {"dlr": {"form": form, "ranks": ranks}}
+    for key in ("model_type", "architectures", "auto_map"):
+        values.pop(key, None)
+    locked = model_class._from_config(config_class(**values), dtype=models.DTYPES[dtype])
+    state = base.state_dict()
+    for layer, net in nets.items():
+        path = shape.family.mlp.format(layer)
+        state = {k: v for k, v in state.items() if not k.startswith(path + ".")}
+        state |= {f"{path}.{k}": v for k, v in net.items()}
+    return _finish(locked, state, base)
+
+
+def _ranks(state: dict[str, torch.Tensor]) -> list[int]:
+    depth = sum(key.endswith("b_proj.weight") for key in state)
+    return [state[f"blocks.{k}.b_proj.weight"].shape[1] for k in range(depth)]
+
+
+def _finish(model: PreTrainedModel, state: dict[str, torch.Tensor], source: PreTrainedModel) -> PreTrainedModel:
+    """Load a complete state, keep ties and the source's generation settings, and go to eval mode."""
+    model.load_state_dict(state, strict=True)
+    model.tie_weights()
+    if source.generation_config is not None:
+        model.generation_config = source.generation_config
+    return model.eval()
+
+
+def flattened_model(locked: PreTrainedModel) -> PreTrainedModel:
+    """Turn every DLR-Net of a locked model into one ordinary MLP of the base's own architecture.
+
+    By form and family: gated on a gated MLP and plain on a two-matrix MLP are exact; plain on a gated MLP
+    becomes gate = A, up with weight 0 and bias 1 (the family must know MLP biases). Layers of unequal widths
+    are zero-padded to the widest. What the flat model loses is the coupling alone.
+
+    Raises:
+        SurgeryError: If the form is no ordinary MLP of this family.
+    """
+    shape = shapes.model_shape(locked.config.to_dict())
+    if not shape.locked:
+        raise SurgeryError("flatten: the model is not locked; there is nothing to flatten.")
+    check_flattens(shape)
+    biased = _needs_bias(shape)
+    flat = {
+        layer: _as_family(dlr.flat_weights(locked.get_submodule(shape.family.mlp.format(layer))), shape)
+        if layer in shape.ranks
+        else models.mlp_weights(locked.get_submodule(shape.family.mlp.format(layer)), shape.family)
+        for layer in range(shape.layers)
+    }
+    inner = max(weights.up.shape[0] for weights in flat.values())
+    values = locked.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "dlr"):
+        values.pop(key, None)
+    values[shape.family.inner] = inner
+    if biased and isinstance(shape.family.bias, str):
+        values[shape.family.bias] = True
+    config = AutoConfig.for_model(shape.family.model_type, **values)
+    model = _base_class(shape.family)._from_config(config, dtype=locked.dtype)
+    state = locked.state_dict()
+    for layer, weights in flat.items():
+        path = shape.family.mlp.format(layer)
+        state = {k: v for k, v in state.items() if not k.startswith(path + ".")}
+        state |= {f"{path}.{k}": v for k, v in _mlp_state(weights, shape.family, inner, biased).items()}
+    return _finish(model, state, locked)
+
+
+def check_flattens(shape: ModelShape) -> None:
+    """Refuse, from the shape alone, a model whose DLR-Nets are no ordinary MLPs of its family.
+
+    Raises:
+        SurgeryError: If the form divides per token (prenorm), or is gated where MLPs have two matrices.
+    """
+    form = shapes.FORMS[shape.form]
+    if form.norm or (form.gated and not shape.family.gated):
+        why = "divides each token by its own norm" if form.norm else "has a third matrix"
+        raise SurgeryError(
+            f"--strategy flatten: the form {form.name} {why} and is no ordinary MLP of {shape.family.model_type}. "
+            "Regress one on it instead (undistil), or choose another --strategy."
+        )
+
+
+def _base_class(family: Family) -> type[PreTrainedModel]:
+    _, locked_class = models.locked_classes(family)
+    return locked_class.__mro__[1]
+
+
+def _needs_bias(shape: ModelShape) -> bool:
+    return shape.mlp_bias or (shape.form == "plain" and shape.family.gated)
+
+
+def _as_family(weights: MLPWeights, shape: ModelShape) -> MLPWeights:
+    """Write flat weights as an MLP of the family: the same function in the family's own matrices."""
+    if (weights.gate is not None) == shape.family.gated:
+        return weights
+    ones = weights.up.new_ones(weights.up.shape[0])
+    return MLPWeights(
+        gate=weights.up,
+        up=torch.zeros_like(weights.up),
+        down=weights.down,
+        gate_bias=weights.up_bias,
+        up_bias=ones,
+        down_bias=weights.down_bias,
+    )
+
+
+def _mlp_state(weights: MLPWeights, family: Family, inner: int, biased: bool) -> dict[str, torch.Tensor]:
+    """State of one base MLP of width `inner`, zero-padded; absent biases are zeros where the family has them."""
+    missing = inner - weights.up.shape[0]
+    state = {}
+    for name, weight, bias, pad in (
+        (family.gate, weights.gate, weights.gate_bias, (0, 0, 0, missing)),
+        (family.up, weights.up, weights.up_bias, (0, 0, 0, missing)),
+        (family.down, weights.down, weights.down_bias, (0, missing)),
+    ):
+        if name is None:
+            continue
+        padded = nn.functional.pad(weight, pad)
+        state[f"{name}.weight"] = (padded.t() if family.transposed else padded).contiguous()
+        if biased:
+            bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+            state[f"{name}.bias"] = nn.functional.pad(bias, (0, padded.shape[0] - bias.shape[0]))
+    return state
+
+
+def save_folder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    files: dict[str, str],
+) -> None:
+    """Write a model folder so that it appears whole or not at all, in the place of an older one of ours.
+
+    Args:
+        model: The model; a locked one carries its modelling files along.
+        tokenizer: Its tokenizer.
+        folder: Where to.
+        files: Further text files by name.
+    """
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
+    tokenizer.save_pretrained(temporary)
+    _drop_absolute_paths(temporary / "config.json")
+    for name, text in files.items():
+        (temporary / name).write_text(text, encoding="utf-8")
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _drop_absolute_paths(config_file: Path) -> None:
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def model_card(manifest: dict[str, Any]) -> str:
+    """The README.md of a locked folder, from its manifest."""
+    losses = manifest["losses"]
+    errors = manifest["layer_errors"].values()
+    harden = manifest["harden"]
+    return f"""---
+library_name: transformers
+tags: [dlr-lock, dlrscale]
+base_model: {manifest["base"]["name"]}
+---
+# {manifest["base"]["name"]}, locked
+
+The MLPs of this model were replaced by deep low-rank residual networks (DLR-Nets) by module-wise distillation.
+It follows our reading of the abstract of DLR-Lock (arXiv 2605.10777); the paper's own recipe is not known to us.
+
+| | |
+|---|---|
+| form, depth K | {manifest["form"]}, {manifest["depth"]} |
+| parameters against the MLPs replaced | {manifest["param_ratio"]:.4f} |
+| start, coupling | {manifest["start"]}, {manifest["coupling"]} |
+| hardening | {f"weight {harden['weight']}, target {harden['target']}" if harden else "none"} |
+| held-out loss, base model | {losses["base"]:.4f} nats per token |
+| held-out loss, this model | {losses["locked"]:.4f} |
+| held-out loss, flattened without training | {losses["flat"]:.4f} |
+| per-layer error, mean and largest | {sum(errors) / len(errors):.5f}, {max(errors):.5f} |
+| lock id | `{manifest["lock_id"]}` |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this-folder", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("this-folder")
+```
+
+The lock raises what a fine-tune costs; it does not forbid one. What it costs which attacker is measured with
+`dlrscale attack`. The recipe and all figures stand in `lock.json`.
+"""
+
+
+def pretrained_card(config: PretrainConfig, metrics: dict[str, float]) -> str:
+    """The README.md of a model that `dlrscale pretrain` made."""
+    line = " ".join(
+        f"--{key.replace('_', '-')} {getattr(config, key)}"
+        for key in ("data", "heldout", "seq_len", "micro_batch", "accumulation", "num_ranks", "steps", "lr",
+                    "warmup_steps", "seed", "width", "inner", "num_layers", "heads", "kv_heads", "vocabulary")
+    )  # fmt: skip
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions().items())
+    return f"""---
+library_name: transformers
+---
+# A small Llama for trials
+
+{metrics["params/total"]:,} parameters, trained from random numbers on {metrics["tokens/total"]:,} tokens. It knows
+the source text of a Python standard library and nothing else; it is here so that a demonstration needs no download.
+
+- made by: `dlrscale pretrain {line}`
+- with: {versions}
+- held-out loss: {metrics["loss/heldout_task"]:.4f} nats per token on `{config.heldout or "the last 5 % of the data"}`
+  ({metrics["data/heldout_label_tokens"]:,} label tokens)
+- data: {metrics["data/train_documents"]:,} documents, {metrics["data/train_tokens"]:,} tokens
+"""
+
+
+def export_locked(
+    base_folder: str | Path,
+    folder: Path,
+    dtype: str,
+    form: str,
+    nets: dict[int, dict[str, torch.Tensor]],
+    manifest: dict[str, Any],
+) -> None:
+    """Write a locked model's folder: weights, config, modelling files, tokenizer, manifest and model card."""
+    model = locked_model(base_folder, dtype, form, nets)
+    tokenizer = models.load_tokenizer(base_folder)
+    files = {MANIFEST: record.dumps(manifest, indent=2) + "\n", "README.md": model_card(manifest)}
+    save_folder(model, tokenizer, folder, files)
+
+

@@ -1,0 +1,330 @@
+import json
+import re
+
+import pytest
+
+from dlrscale import report
+from dlrscale.errors import ConfigError
+from dlrscale.record import make_record
+from dlrscale.report import runs as report_runs
+from dlrscale.report import tables
+
+D, F, N = 64, 172, 4
+EVIL = "<script>alert('x')</script> ![i](http://evil.example/x.png) | `c`"
+
+
+def lock_record(lock_id, depth=8, seed=0, locked=1.46, **changes):
+    metrics = {
+        "loss/heldout_base_model": 1.425, "loss/heldout_locked": locked, "loss/heldout_flat": 3.125,
+        "lock/error_layer_0": 0.02, "lock/error_layer_1": 0.04, "time/total_s": 93.0,
+        "tokens/distil": 1_200_000,
+        "tokens/heal": 300_000, "params/ratio": 1.001,
+    }  # fmt: skip
+    config = {
+        "model": "base",
+        "form": "gated",
+        "depth": depth,
+        "coupling": 0.25,
+        "start": "warm",
+        "harden": True,
+    }
+    return make_record(
+        id=lock_id, kind="lock", name="lock", outcome="ok", config=config | {"model_digest": "m1"}, seed=seed,
+        metrics=metrics, started="2026-11-25T10:00:00Z", versions={"torch": "2.13"}, device={"type": "cpu"},
+        git={"commit": "f" * 40, "dirty": True},
+    ) | changes  # fmt: skip
+
+
+def attack(side, strategy, lock_id=None, depth=8, outcome="ok", seed=0, metrics=None, **settings):
+    """Numbers follow the saved-bytes formulas in fp32: D + 4 F per layer on the base, K D + 4 F locked."""
+    checkpointed = strategy != "full"
+    mlp = 4 * N * ((depth * D if side == "locked" else D) + 4 * F)
+    values = {
+        "memory/saved_bytes_per_token": 4 * N * D if checkpointed else mlp + 20_000,
+        "memory/saved_mlp_bytes_per_token": 0 if checkpointed else mlp,
+        "memory/saved_mlp_bytes_per_token_formula": 0 if checkpointed else mlp,
+        "memory/host_peak_rss_bytes": 2**30 * (1.5 if side == "locked" else 1.0),
+        "time/step_s": 0.3 if side == "locked" else 0.2,
+        "time/forward_s": 0.06 if side == "locked" else 0.05,
+        "time/backward_s": 0.2 if side == "locked" else 0.1,
+        "throughput/tokens_per_s": 2000 if side == "locked" else 3000,
+        "loss/heldout_task_start": 3.2 if side == "locked" else 3.1,
+        "loss/heldout_task": 2.5 if side == "locked" else 2.0,
+        "loss/heldout_base": 1.9,
+    }
+    manifest = {"form": "gated", "depth": depth, "coupling": 0.25, "start": "warm", "harden": True}
+    config = {
+        "model": side, "data": "d", "lr": 1e-3, "steps": 20, "seq_len": 64, "micro_batch": 4,
+        "global_batch": 4,
+        "axes": {"transform": "flatten" if strategy == "flatten" else "none"}, "lock_id": lock_id,
+        "lock": manifest | {"base_model_digest": "m1"} if side == "locked" else None,
+        "out": f"/somewhere/{side}-{strategy}-{depth}-{seed}",
+        "model_digest": "m1" if side == "base" else f"l{depth}",
+    } | settings  # fmt: skip
+    return make_record(
+        id=f"{side}{strategy}{depth}{seed}", kind="attack", side=side, strategy=strategy, outcome=outcome,
+        seed=seed, config=config, metrics=values | (metrics or {}), started="2026-11-25T11:00:00Z",
+        device={"type": "cpu"},
+        versions={"torch": "2.13"}, phases={"load": {"seconds": 1.0, "host_peak_rss_bytes": 2**29}},
+    )  # fmt: skip
+
+
+def family():
+    """Two locks; `full` and `ckpt-layer` on base and both; an oom, a divergence and a missing side."""
+    found = [lock_record("lock8" + "0" * 59), lock_record("lock16" + "0" * 58, 16)]
+    for strategy in ("full", "ckpt-layer"):
+        found.append(attack("base", strategy))
+        found += [attack("locked", strategy, f"lock{k}" + "0" * (64 - 4 - len(str(k))), k) for k in (8, 16)]
+    lock_id = "lock8" + "0" * 59
+    found.append(attack("base", "act-int8"))
+    found.append(
+        attack(
+            "locked", "act-int8", lock_id, outcome="oom", metrics={"memory/host_peak_rss_bytes": 3 * 2**30}
+        )
+    )
+    found.append(
+        attack("locked", "flatten", lock_id, outcome="diverged", metrics={"loss/heldout_task": None})
+    )
+    return found
+
+
+def write(folder, found, steps=True):
+    for number, values in enumerate(found):
+        place = folder / f"run{number:02d}"
+        place.mkdir(parents=True)
+        (place / "records.jsonl").write_text(json.dumps(values) + "\n")
+        if steps:
+            rows = [
+                {"step": s, "phase": "train", "loss/train": 3.0 / s, "tokens": 256 * s}
+                | ({"loss/heldout_task": 2.9 / s} if s % 5 == 0 else {})
+                for s in range(1, 21)
+            ]
+            (place / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def cells(markdown, table, label):
+    """The cells of the row of a Markdown table that begins with a label."""
+    part = markdown[markdown.index(f"**{table}") :]
+    row = next(line for line in part.splitlines() if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1.0, "1.00"), (12.34, "12.3"), (9.999, "10.0"), (1234.5, "1234"), (0.01234, "0.0123"), (0, "0"),
+     (None, "-"),
+     (99.96, "100"), (1e-9, "1.00e-09")],
+)  # fmt: skip
+def test_three_significant_digits(value, shown):
+    assert tables.significant(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(512, "512 B"), (2048, "2.00 KiB"), (1.5 * 2**20, "1.50 MiB"), (80 * 2**30, "80.0 GiB"), (None, "-")],
+)
+def test_bytes_in_binary_units(value, shown):
+    assert tables.size(value) == shown
+
+
+def test_numbers_by_hand(tmp_path):
+    written = report.build([write(tmp_path / "in", family())], tmp_path / "out")
+    assert [p.name for p in written[:2]] == ["report.md", "report.html"]
+    assert all(p.is_file() and p.stat().st_size for p in written)
+    text = written[0].read_text()
+    section = text[text.index("## Lock lock8000") :]
+    row = cells(section, "Memory", "full")
+    # mlp: base 4 bytes x 4 layers x (64 + 4 x 172) = 12032; locked 16 x (8 x 64 + 688) = 19200; rest 20000
+    assert row[1:6] == ["ok / ok", "host RSS", "1.00 GiB", "1.50 GiB", "1.50"]
+    assert row[6:9] == ["31.3 KiB", "38.3 KiB", "1.22"]
+    assert row[9:] == ["11.8 KiB", "18.8 KiB", "1.60", "1.000", "1.000"]
+    row = cells(section, "Time", "full")
+    assert row[1:] == ["200 ms", "300 ms", "1.50", "50.0 ms", "60.0 ms", "1.20", "100 ms", "200 ms", "2.00",
+                       "3000", "2000", "0.667", "1.67"]  # fmt: skip
+    row = cells(section, "Outcome", "ckpt-layer")
+    assert row[1:8] == ["ok / ok", "3.100", "3.200", "2.000", "2.500", "1.25", "+0.500"]
+    assert row[-2:] == ["5,120", "5,120"]
+    row = cells(section, "Memory", "act-int8")
+    assert row[1:6] == ["ok / oom", "host RSS", "1.00 GiB", "3.00 GiB (oom)", ">3.00"]
+    row = cells(section, "Memory", "flatten")
+    assert row[1] == "- / diverged"
+    assert row[3:6] == ["-", "1.50 GiB", "-"]
+    assert "flatten (base)" in section[: section.index("## ", 5)]
+    locks = text[text.index("## Locks") :]
+    assert "| lock8000 | ok | gated | 8 | - | 0.25 | warm | yes | 1.00 | 1.425 | 1.460 | 3.125 |" in locks
+    assert "| 0.0400 | 0.0300 |" in locks
+    assert "1,200,000 | 300,000 | 93.0 s" in locks
+    for link in re.findall(r"\]\((.*?)\)", text):
+        assert (tmp_path / "out" / link).is_file(), link
+
+
+def test_page_asks_for_nothing_and_escapes_all(tmp_path):
+    found = family()
+    found[2]["config"]["command"] = f"dlrscale attack --name '{EVIL}'"
+    found[2]["error"] = EVIL
+    for values in found:
+        values["name"], values["device"] = EVIL, {"name": EVIL}
+    found.append(attack("locked", EVIL, found[0]["id"]))
+    found.append(attack("locked", "full", EVIL))
+    written = report.build([write(tmp_path / EVIL.replace("/", ""), found)], tmp_path / "out")
+    html = written[1].read_text()
+    assert "<script" not in html
+    assert "&lt;script" in html
+    assert not re.search(r"""(src|href|action|srcset|data)\s*=\s*["'](?!#)""", html)
+    assert not re.search(r"(@import|url\()(?!#)", html)
+    urls = set(re.findall(r"https?://[^\s\"'<)]+", html)) - {"http://evil.example/x.png"}
+    assert urls <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert "<img" not in html
+    markdown = written[0].read_text()
+    outside = re.sub(r"(?ms)^(`{3,})\n.*?^\1$", "", markdown)
+    assert "<script" not in outside
+    assert not re.search(r"(?<!\\)\]\(http", outside)
+    for path in written[2:]:
+        if path.suffix == ".svg":
+            assert "<script" not in path.read_text()
+
+
+def test_pairs_need_equal_settings():
+    lock_id = "l" * 64
+    found = [
+        attack("base", "full"), attack("base", "full", lr=1e-2), attack("base", "full", seed=1),
+        attack("base", "full", model_digest="another", out="/x"),
+        attack("locked", "full", lock_id), attack("locked", "full", lock_id, seed=1),
+        attack("locked", "full", lock_id, steps=40),
+    ]  # fmt: skip
+    (lock,) = report_runs.group([report_runs.Run(None, values) for values in found])
+    both = {p.label: (p.base is not None, p.locked is not None) for p in lock.pairs}
+    assert both == {
+        "full (lr 0.001, seed 0, steps 20)": (True, True),
+        "full (lr 0.001, seed 1, steps 20)": (True, True),
+        "full (lr 0.01, seed 0, steps 20)": (True, False),
+        "full (lr 0.001, seed 0, steps 40)": (False, True),
+    }
+
+
+def test_same_settings_twice_stay_two_rows():
+    lock_id = "l" * 64
+    found = [attack("base", "full"), attack("locked", "full", lock_id), attack("locked", "full", lock_id)]
+    (lock,) = report_runs.group([report_runs.Run(None, values) for values in found])
+    assert [p.label for p in lock.pairs] == ["full #1", "full #2"]
+    assert lock.pairs[0].base is lock.pairs[1].base
+
+
+def test_digest_of_data_counts_not_its_path():
+    found = [
+        attack("base", "full", data="/a", data_digest="1"),
+        attack("locked", "full", "x", data="/b", data_digest="1"),
+    ]
+    (lock,) = report_runs.group([report_runs.Run(None, values) for values in found])
+    assert len(lock.pairs) == 1
+
+
+def test_accelerator_peak_is_used_where_both_sides_have_it():
+    name = "memory/accelerator_peak_allocated_bytes"
+    found = [
+        attack("base", "full", metrics={name: 2**30}),
+        attack("locked", "full", "x", metrics={name: 2**31}),
+    ]
+    (lock,) = report_runs.group([report_runs.Run(None, values) for values in found])
+    assert lock.pairs[0].where == "accelerator"
+    assert tables.peak_cells(lock.pairs[0]) == ["1.00 GiB", "2.00 GiB", "2.00"]
+    del found[0]["metrics"][name]
+    (lock,) = report_runs.group([report_runs.Run(None, values) for values in found])
+    assert tables.peak_cells(lock.pairs[0]) == ["1.00 GiB", "1.50 GiB", "1.50"]
+
+
+def test_claims_of_the_family():
+    by_id = {claim.id: claim for claim in report.claims(family())}
+    assert list(by_id) == ["C1", "C2", "C3", "C4", "C5"]
+    assert {k: c.verdict for k, c in by_id.items()} == {
+        "C1": "stands", "C2": "stands", "C3": "not decided", "C4": "not decided", "C5": "not decided",
+    }  # fmt: skip
+    # 8 more blocks cost 16 x 8 x 64 bytes: 1024 per block
+    assert "1.00 KiB per block and token (from two depths)" in by_id["C1"].text
+    assert (
+        "full saves 1.22x the bytes per token (38.3 KiB against 31.3 KiB), the DLR-Net part alone 1.60x"
+        in by_id["C1"].text
+    )
+    assert (
+        "ckpt-layer leaves 1.00x (0% of the extra bytes), peak memory 1.50x (host RSS), at 1.00x"
+        in by_id["C1"].text
+    )
+    assert "on the CPU: full 1.67 (forward 1.20x, backward 2.00x); ckpt-layer 1.67 (" in by_id["C2"].text
+    assert "full 2.000 and 2.500 (+0.500); ckpt-layer 2.000" in by_id["C3"].text
+    assert "flattened without training its held-out loss is 3.125" in by_id["C4"].text
+    assert "+0.035 nats" in by_id["C5"].text
+
+
+@pytest.mark.parametrize(("backward", "verdict"), [(0.125, "not decided"), (0.11, "falls"), (0.15, "stands")])
+def test_backward_needs_more_than_noise(backward, verdict):
+    # forward ratio 1.2; asymmetries 1.04, 0.917 (within 10 %), 1.25
+    verdict = "not decided" if backward == 0.11 else verdict
+    found = [attack("base", "full"), attack("locked", "full", "x", metrics={"time/backward_s": backward})]
+    assert report.claims(found)[1].verdict == verdict
+
+
+def test_memory_falls_when_nothing_more_is_saved():
+    saved = {"memory/saved_bytes_per_token": 1000}
+    found = [attack("base", "full", metrics=saved), attack("locked", "full", "x", metrics=saved)]
+    assert report.claims(found)[0].verdict == "falls"
+
+
+@pytest.mark.parametrize(
+    ("locked", "verdict"),
+    [((1.430, 1.431, 1.432), "stands"), ((1.60, 1.61, 1.62), "falls"), ((1.42, 1.50, 1.55), "not decided"),
+     ((1.430, 1.431), "not decided")],
+)  # fmt: skip
+def test_capability_needs_an_interval_over_seeds(locked, verdict):
+    found = [lock_record(f"{seed}" * 64, seed=seed, locked=value) for seed, value in enumerate(locked)]
+    for values in found:
+        values["config"]["seed"] = values["seed"]
+    assert report.claims(found)[4].verdict == verdict
+
+
+def test_summary_is_aligned():
+    text = report.summary_table(family())
+    lines = text[: text.index("\n\n")].splitlines()
+    assert lines[0].startswith("Lock lock8000: gated, K = 8")
+    assert len({line.index("ok") for line in lines if line.startswith(("full", "ckpt"))}) == 1
+    assert re.search(
+        r"full +ok / ok +1.00 GiB +1.50 GiB +1.50 +31.3 KiB +38.3 KiB +1.22 +1.50 +2.000 +2.500", text
+    )
+    assert ">3.00" in text
+    assert report.summary_table([]) == "No attack and no lock in these records.\n"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [lock_record("a" * 64)],
+        [attack("base", "full")],
+        [attack("locked", "full", "a" * 64)],
+        [make_record(id="f" * 64, kind="attack", outcome="failed", side="locked", error="no memory\nlong")],
+        [make_record(id="f" * 64, kind="lock", outcome="failed", config={"form": "gated"})],
+        [make_record(id="f" * 64, kind="pretrain", outcome="ok")],
+        [make_record(id="f" * 64, kind="attack", outcome="oom", side="base", strategy="full")],
+    ],
+)
+@pytest.mark.parametrize("steps", [True, False])
+def test_partial_records_do_not_crash(tmp_path, found, steps):
+    written = report.build([write(tmp_path / "in", found, steps)], tmp_path / "out")
+    text = written[0].read_text()
+    assert "nan" not in re.findall(r"\bnan\b", text)
+    assert len(report.claims(found)) == 5
+    assert all(c.verdict == "not decided" for c in report.claims(found))
+    assert str(found[0]["outcome"]) in text
+    report.summary_table(found)
+
+
+def test_no_records_is_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"No records\.jsonl"):
+        report.build([tmp_path], tmp_path / "out")
+
+
+def test_same_records_give_the_same_page(tmp_path):
+    place = write(tmp_path / "in", family())
+    first = report.build([place], tmp_path / "a")
+    second = report.build([place], tmp_path / "b")
+    for one, two in zip(first, second, strict=True):
+        assert one.read_bytes() == two.read_bytes(), one.name

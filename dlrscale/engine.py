@@ -295,11 +295,16 @@ class Engine:
         """Update the weights, after the last micro-batch.
 
         Returns:
-            The global gradient norm before clipping, NaN where DeepSpeed did not compute one.
+            The global gradient norm before clipping.
         """
+        import torch
+
+        norm = math.nan
+        if self.stage == 0:  # DeepSpeed does not tell it there in fp32; the gradients are averaged already
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         self.ds.step()
-        norm = self.ds.get_global_grad_norm()
-        return float(norm) if norm is not None else math.nan
+        told = self.ds.get_global_grad_norm()
+        return float(norm if told is None else told)
 
     @contextlib.contextmanager
     def many_backwards(self) -> Iterator[None]:

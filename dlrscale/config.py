@@ -31,6 +31,8 @@ class RunConfig:
     columns: dict[str, str] | None = None
     document_separator: str | None = None
     heldout: str | None = None
+    heldout_limit: int = 0
+    command: str | None = None
     name: str = "run"
     seed: int = 0
     dtype: str = "fp32"
@@ -61,8 +63,8 @@ class RunConfig:
         """What is wrong with these settings, one sentence each; empty when all is well."""
         found = []
         for name, low in (("seq_len", 2), ("micro_batch", 1), ("accumulation", 1), ("steps", 1), ("num_ranks", 1),
-                          ("warmup_steps", 0), ("eval_every", 0), ("checkpoint_every", 0),
-                          ("keep_checkpoints", 1)):  # fmt: skip
+                          ("warmup_steps", 0), ("heldout_limit", 0), ("eval_every", 0),
+                          ("checkpoint_every", 0), ("keep_checkpoints", 1)):  # fmt: skip
             if getattr(self, name) < low:
                 found.append(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {low}.")
         if not (0 <= self.lr < float("inf")):

@@ -239,6 +239,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, trainable: list[nn.Parameter], ds_config: dict[str, Any]):
         import deepspeed
+        import torch
         import torch.distributed as dist
 
         self.config = ds_config
@@ -252,6 +253,11 @@ class Engine:
             model=model, model_parameters=trainable, config=json.loads(json.dumps(ds_config))
         )
         self.device = self.ds.device
+        # DeepSpeed's half-precision wrappers at stage 0 make the optimizer's states by a step with zero gradients,
+        # and Adam counts it: its bias correction would be one step late, unlike at the other stages.
+        for state in self._inner_optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"].zero_()
         for name, buffer in kept.items():
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, buffer.to(self.device))
@@ -262,11 +268,16 @@ class Engine:
         return self.ds.module
 
     @property
-    def optimizer_class(self) -> str:
-        """Class of the optimizer that does the update, inside DeepSpeed's wrappers."""
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
         inner = self.optimizer
         while hasattr(inner, "optimizer"):
             inner = inner.optimizer
+        return inner
+
+    @property
+    def optimizer_class(self) -> str:
+        """Class of the optimizer that does the update, inside DeepSpeed's wrappers."""
+        inner = self._inner_optimizer
         return f"{type(inner).__module__}.{type(inner).__name__}"
 
     def set_lr(self, lr: float) -> None:
@@ -359,7 +370,7 @@ class Engine:
                 shutil.rmtree(left)
         self.barrier()
         self.ds.save_checkpoint(
-            str(folder), tag=temporary, client_state=state, save_latest=False, exclude_frozen_parameters=True
+            str(folder), tag=temporary, client_state={"dlrscale": state}, save_latest=False, exclude_frozen_parameters=True
         )
         self.barrier()
         if self.rank == 0:
@@ -388,7 +399,7 @@ class Engine:
         path, state = self.ds.load_checkpoint(str(folder), tag=f"step{step}", load_module_strict=False)
         if path is None:
             raise JobError(f"DeepSpeed could not load {folder}/step{step}. Delete that folder to go on from an older one.")
-        return state
+        return state["dlrscale"]
 
 
 def checkpoints(folder: Path) -> list[int]:

@@ -94,7 +94,11 @@ def load_corpora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpo
     else:
         train, heldout = data.split_heldout(train)
     base = getattr(config, "heldout_base", None)
-    corpora = Corpora(train, heldout, read(base) if base else None, data.pad_id(tokenizer))
+    own = read(base) if base else None
+    if config.heldout_limit:
+        limit = slice(config.heldout_limit)
+        heldout, own = heldout.subset(limit), own and own.subset(limit)
+    corpora = Corpora(train, heldout, own, data.pad_id(tokenizer))
     make_batches(config, corpora, 0, config.num_ranks)  # refuses less than one global batch
     return corpora
 
@@ -210,8 +214,9 @@ def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_i
     if isinstance(config, AttackConfig):
         manifest = export.read_manifest(config.model)
         side = "locked" if manifest else "base"
-        settings |= {"axes": config.axes, "lock": manifest and {k: manifest[k] for k in LOCK_KEYS}}
+        settings |= {"axes": config.axes, "lock": None}
         if manifest:
+            settings["lock"] = {k: manifest[k] for k in LOCK_KEYS} | {"base_digest": manifest["base"]["digest"]}
             settings["lock_id"] = manifest["lock_id"]
     for key in ("model", "data", "heldout", "heldout_base"):
         if settings.get(key):

@@ -33,13 +33,13 @@ RECORD_KEYS = (
 PLACEMENT_KEYS = frozenset(
     {
         "num_ranks", "hostfile", "zero", "offload_optimizer", "offload_param", "deepspeed_config", "tracking_uri",
-        "out", "name", "lock_id", "checkpoint_every", "keep_checkpoints", "max_hours", "micro_batch",
+        "out", "name", "command", "lock_id", "checkpoint_every", "keep_checkpoints", "max_hours", "micro_batch",
         "accumulation",
     }
 )  # fmt: skip
 # Settings that are not part of a run's identity at all.
 UNIDENTIFIED_KEYS = frozenset(
-    {"out", "name", "tracking_uri", "lock_id", "checkpoint_every", "keep_checkpoints", "max_hours"}
+    {"out", "name", "command", "tracking_uri", "lock_id", "checkpoint_every", "keep_checkpoints", "max_hours"}
 )
 
 

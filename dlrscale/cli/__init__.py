@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; errors that are written for people end in one message and their exit code."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        dlrscale.main(args=argv, prog_name="dlrscale", standalone_mode=False)
+        dlrscale.main(args=argv, prog_name="dlrscale", standalone_mode=False, obj=argv)
         code = 0
     except click.exceptions.Exit as stop:
         code = stop.exit_code
@@ -180,7 +180,7 @@ def attack_configs(options: dict[str, Any], base: str | None, strategy: str, kno
     return found
 
 
-def run_all(configs: list[Any], dry_run: bool = False) -> list[dict[str, Any]]:
+def run_all(configs: list[Any], dry_run: bool = False, quiet: bool = False) -> list[dict[str, Any]]:
     """Run jobs one after the other; one that fails does not keep the next from running.
 
     Raises:
@@ -191,7 +191,7 @@ def run_all(configs: list[Any], dry_run: bool = False) -> list[dict[str, Any]]:
     records, failures = [], []
     for config in configs:
         try:
-            entry = execute(config, dry_run=dry_run)
+            entry = execute(config, dry_run=dry_run, quiet=quiet)
         except JobError as error:
             failures.append(str(error))
             continue

@@ -23,6 +23,7 @@ DATA_OPTIONS = options(
     click.option("--columns", help="Names of the keys of JSON lines: prompt=question,completion=answer or text=story."),
     click.option("--document-separator", help="Text that stands between the documents of a plain text file."),
     click.option("--heldout", type=PATH, help="Held-out data of the same kind.  [default: the last 5 % of --data]"),
+    click.option("--heldout-limit", type=int, default=0, show_default=True, help="Held-out sequences at most, the first ones; 0: all."),
     click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens per sequence."),
 )
 TRAIN_OPTIONS = options(

@@ -54,7 +54,7 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     """
     from dlrscale import data, engine, shapes, tracking
 
-    values = dict(options_)
+    values = {k: v for k, v in options_.items() if k not in ("dry_run", "local_rank")}
     for key in ("model", "data", "heldout", "heldout_base", "out", "deepspeed_config", "hostfile"):
         if key in values:
             values[key] = absolute(values[key])
@@ -89,6 +89,7 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     values["dtype"] = values.get("dtype") or ("fp32" if engine.device_type() == "cpu" else "bf16")
     values["tracking_uri"] = values.get("tracking_uri") or tracking.default_uri()
     values["name"] = values.get("name") or default_name
+    values["command"] = values.get("command") or launcher.show(["dlrscale", *click.get_current_context().obj])
     chosen_out = values.pop("out", None)
     config = kind(out=chosen_out or "", **values)
     configuration.check(config)

@@ -1,0 +1,199 @@
+"""What the ranks of the distributed tests run: many small cases in one start, their results as JSON.
+
+Started by the DeepSpeed launcher: `ranks.py RESULTS CASES`, where CASES is a JSON list of dictionaries with a
+`run` key that names a function here. Rank 0 writes RESULTS.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dlrscale import data, engine, shapes, surgery
+from dlrscale.config import AttackConfig, LockConfig
+from dlrscale.distil import Distiller
+from dlrscale.measure import Phases
+from dlrscale.train import LanguageModelling
+
+GLOBAL_BATCH = 4
+STEPS, HEAL_STEPS = 3, 2
+LR = 1e-2
+
+
+def tiny_llama(layers: int = 2) -> LlamaForCausalLM:
+    """A Llama of fixed random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_data() -> data.TokenData:
+    """Twelve padded records of 6 to 16 tokens, each with a loss on its last half."""
+    generator = np.random.default_rng(5)
+    ids = [generator.integers(3, 61, size=n).astype(np.int64) for n in generator.integers(6, 17, size=12)]
+    labels = [np.where(np.arange(len(x)) >= len(x) // 2, x, data.IGNORE) for x in ids]
+    return data.TokenData(ids, labels, False, dict.fromkeys(data.COUNT_KEYS, 0))
+
+
+def settings(kind: type, case: dict):
+    """The configuration of a case; the micro-batch keeps the global batch whatever the ranks and the accumulation."""
+    return kind(
+        model="",
+        data="",
+        out="",
+        dtype=case.get("dtype", "fp32"),
+        zero=case["zero"],
+        offload_optimizer=case.get("offload_optimizer", False),
+        offload_param=case.get("offload_param", False),
+        accumulation=case.get("accumulation", 1),
+        num_ranks=case["ranks"],
+        micro_batch=GLOBAL_BATCH // (case["ranks"] * case.get("accumulation", 1)),
+        lr=LR,
+        **case.get("config", {}),
+    )
+
+
+def merged(config) -> dict:
+    """The DeepSpeed configuration, with small parameters partitioned too, which DeepSpeed would keep whole."""
+    ds_config = engine.merge(config)
+    if config.zero == 3:
+        ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return ds_config
+
+
+def batches(config, ds: engine.Engine) -> data.Batches:
+    """The batches of this rank."""
+    return data.Batches(
+        tiny_data(),
+        seed=0,
+        micro_batch=config.micro_batch,
+        accumulation=config.accumulation,
+        rank=ds.rank,
+        world_size=ds.world_size,
+        pad_id=0,
+    )
+
+
+def norms_and_sums(tensors: dict[str, torch.Tensor]) -> dict[str, list]:
+    """Tensors as nested lists, small enough for JSON."""
+    return {name: t.float().tolist() for name, t in tensors.items()}
+
+
+def lock(case: dict) -> dict:
+    """Calibrate, distil and heal; the losses of each step and the final weights of the DLR-Nets."""
+    config = settings(LockConfig, case | {"config": {"depth": 4, "form": "gated", **case.get("config", {})}})
+    model = tiny_llama()
+    if config.dtype == "bf16":
+        model = model.bfloat16()
+    distiller = Distiller(surgery.install(model, shapes.model_shape(model.config.to_dict()), config), config)
+    ds = engine.Engine(model, distiller.parameters, merged(config))
+    scales = distiller.calibrate(ds, data.calibration(tiny_data(), 5))
+    phases, found = Phases(ds.device), []
+    plan = batches(config, ds)
+    for step in range(STEPS):
+        ds.set_lr(LR)
+        found.append(distiller.distil_step(ds, plan.step(step), phases))
+    for step in range(STEPS, STEPS + HEAL_STEPS):
+        ds.set_lr(LR / 10)
+        found.append(distiller.heal_step(ds, plan.step(step), phases))
+    errors = distiller.layer_errors(ds, tiny_data(), 2, 0)
+    weights = distiller.weights(ds)
+    flat = {f"{layer}.{k}": v for layer, net in weights.items() for k, v in net.items()}
+    return {
+        "losses": [row["loss/train"] for row in found],
+        "norms": [row["optim/grad_norm"] for row in found],
+        "b": scales,
+        "floors": distiller.floors,
+        "errors": errors,
+        "weights": norms_and_sums(flat),
+        "optimizer": ds.optimizer_class,
+    }
+
+
+def attack(case: dict) -> dict:
+    """Three steps of next-token training on all parameters; losses, rates and final weights."""
+    from dlrscale.jobs import whole_state
+
+    config = settings(AttackConfig, case)
+    model = tiny_llama().train()
+    if config.dtype == "bf16":
+        model = model.bfloat16()
+    ds = engine.Engine(model, list(model.parameters()), merged(config))
+    plan, objective, phases = batches(config, ds), LanguageModelling(), Phases(ds.device)
+    rows = []
+    for step in range(STEPS):
+        ds.set_lr(LR * (step + 1))
+        rows.append(objective(ds, plan.step(step), phases) | {"lr": ds.lr})
+    return {
+        "losses": [row["loss/train"] for row in rows],
+        "rates": [row["lr"] for row in rows],
+        "norms": [row["optim/grad_norm"] for row in rows],
+        "weights": norms_and_sums(whole_state(ds, model)),
+    }
+
+
+def checkpoint(case: dict) -> dict:
+    """Train 2 steps, save, train 2 more; then a fresh engine goes on from the checkpoint for the same 2."""
+    config = replace(settings(AttackConfig, case), keep_checkpoints=1)
+    folder = Path(case["folder"])
+
+    def fresh() -> engine.Engine:
+        model = tiny_llama().train()
+        return engine.Engine(model, list(model.parameters()), merged(config))
+
+    def steps(ds: engine.Engine, first: int) -> list[float]:
+        plan, objective, phases = batches(config, ds), LanguageModelling(), Phases(ds.device)
+        found = []
+        for step in range(first, first + 2):
+            ds.set_lr(LR)
+            found.append(objective(ds, plan.step(step % 3), phases)["loss/train"])
+        return found
+
+    ds = fresh()
+    steps(ds, 0)
+    ds.save(folder, 2, {"note": "kept"}, keep=1)
+    whole = steps(ds, 2)
+    again = fresh()
+    state = again.load(folder, 2)
+    return {"whole": whole, "resumed": steps(again, 2), "state": state, "found": engine.checkpoints(folder)}
+
+
+def main() -> None:
+    """Run all cases and write their results."""
+    rank, _ = engine.start_distributed()
+    torch.set_num_threads(1)
+    results = []
+    for case in json.loads(Path(sys.argv[2]).read_text()):
+        try:
+            results.append(globals()[case["run"]](case))
+        except Exception as error:
+            results.append({"error": f"{type(error).__name__}: {error}"})
+            if rank == 0:
+                import traceback
+
+                traceback.print_exc()
+    if rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    engine.stop_distributed()
+
+
+if __name__ == "__main__":
+    main()

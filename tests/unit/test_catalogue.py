@@ -1,0 +1,117 @@
+"""The catalogue: strategies, levers, knobs and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from dlrscale import catalogue
+from dlrscale.catalogue import Levers
+from dlrscale.errors import ConfigError
+
+SIX = ("full", "full-offload", "ckpt-layer", "lora", "lora-attn", "flatten")
+
+
+def levers_of(name, **by_hand):
+    return dataclasses.astuple(catalogue.strategy(name).resolve(Levers(**by_hand)))
+
+
+def test_the_six_strategies_and_their_defaults():
+    assert tuple(catalogue.STRATEGIES) == SIX
+    # (ZeRO stage, optimizer offloaded, parameters offloaded, activation checkpointing)
+    assert levers_of("full") == (2, False, False, "none")
+    assert levers_of("full-offload") == (3, True, True, "none")
+    for name in ("ckpt-layer", "lora", "lora-attn", "flatten"):
+        assert levers_of(name) == (2, False, False, "layer")
+
+
+def test_the_other_axes():
+    rows = {n: (s.transform, s.trainable, s.gradient) for n, s in catalogue.STRATEGIES.items()}
+    assert rows["full"] == rows["full-offload"] == rows["ckpt-layer"] == ("none", "all", "backprop")
+    assert rows["lora"] == ("none", "lora", "backprop")
+    assert rows["lora-attn"] == ("none", "lora-attn", "backprop")
+    assert rows["flatten"] == ("flatten", "all", "backprop")
+    for transform, trainable, gradient in rows.values():
+        assert transform in catalogue.TRANSFORMS
+        assert trainable in catalogue.TRAINABLE
+        assert gradient in catalogue.GRADIENTS
+
+
+def test_every_row_says_what_it_is():
+    for entry in catalogue.STRATEGIES.values():
+        assert all((entry.idea, entry.source, entry.saved, entry.cost)), entry.name
+
+
+def test_levers_by_hand_win():
+    assert levers_of("ckpt-layer", zero=3, offload_optimizer=True) == (3, True, False, "layer")
+    assert levers_of("full", activation_checkpointing="layer") == (2, False, False, "layer")
+    assert levers_of("full-offload", offload_param=False, zero=1) == (1, True, False, "none")
+
+
+def test_full_with_layer_checkpointing_is_ckpt_layer():
+    full, stock = catalogue.strategy("full"), catalogue.strategy("ckpt-layer")
+    by_hand = full.resolve(Levers(activation_checkpointing="layer"))
+    assert catalogue.axes(full, by_hand, {}) == catalogue.axes(stock, stock.resolve(Levers()), {})
+    assert catalogue.axes(full, full.resolve(Levers()), {}) != catalogue.axes(stock, stock.resolve(Levers()), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "by_hand", "parts"),
+    [
+        ("ckpt-layer", {"activation_checkpointing": "none"}, ("--activation-checkpointing none", "ckpt-layer", "layer")),
+        ("full-offload", {"offload_optimizer": False}, ("--offload-optimizer False", "full-offload")),
+        ("full", {"zero": 2, "offload_param": True}, ("--offload-param needs --zero 3", "--zero 2")),
+        ("lora", {"zero": 0, "offload_optimizer": True}, ("--offload-optimizer needs --zero 1, 2 or 3", "--zero 0")),
+        ("full-offload", {"zero": 2}, ("--offload-param needs --zero 3",)),
+    ],
+)
+def test_contradictory_levers_are_refused(name, by_hand, parts):
+    with pytest.raises(ConfigError) as error:
+        catalogue.strategy(name).resolve(Levers(**by_hand))
+    assert len(error.value.faults) == 1
+    assert all(part in str(error.value) for part in parts)
+
+
+def test_all_faults_of_levers_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        catalogue.strategy("ckpt-layer").resolve(
+            Levers(zero=0, offload_optimizer=True, offload_param=True, activation_checkpointing="none")
+        )
+    assert len(error.value.faults) == 3
+
+
+def test_knobs():
+    lora = catalogue.strategy("lora")
+    assert lora.resolve_knobs({}) == {"rank": 8, "alpha": 16, "dropout": 0.0}
+    found = lora.resolve_knobs({"rank": "4", "dropout": "0.1"})
+    assert found == {"rank": 4, "alpha": 16, "dropout": 0.1}
+    assert isinstance(found["rank"], int)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "parts"),
+    [
+        ("lora", {"rnk": "4"}, ("--set rnk", "lora", "rank, alpha, dropout")),
+        ("lora", {"rank": "4.5"}, ("--set rank=4.5", "int")),
+        ("lora", {"dropout": "much"}, ("--set dropout=much", "float")),
+        ("full", {"rank": "4"}, ("--set rank", "full", "none")),
+    ],
+)
+def test_bad_knobs_are_refused(name, given, parts):
+    with pytest.raises(ConfigError) as error:
+        catalogue.strategy(name).resolve_knobs(given)
+    assert all(part in str(error.value) for part in parts)
+
+
+@pytest.mark.parametrize("knob", [{"rank": "0"}, {"rank": "-1"}, {"dropout": "nan"}, {"dropout": "1.5"}])
+def test_knobs_out_of_range_are_refused(knob):
+    with pytest.raises(ConfigError, match="--set"):
+        catalogue.strategy("lora").resolve_knobs(knob)
+
+
+def test_unknown_strategy_names_a_near_one():
+    with pytest.raises(ConfigError) as error:
+        catalogue.strategy("ckpt-layr")
+    assert all(part in str(error.value) for part in ("ckpt-layr", "Did you mean ckpt-layer?", *SIX))
+    with pytest.raises(ConfigError) as error:
+        catalogue.strategy("zzz")
+    assert "Did you mean" not in str(error.value)

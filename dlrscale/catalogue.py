@@ -17,7 +17,10 @@ TRAINABLE = {
     "lora-attn": "LoRA on the attention's linear maps; DLR-Nets frozen",
 }
 GRADIENTS = {"backprop": "plain backpropagation"}
-CHECKPOINTING = {"none": "keep all activations", "layer": "keep each layer's input, run it again going backward"}
+CHECKPOINTING = {
+    "none": "keep all activations",
+    "layer": "keep each layer's input, run it again going backward",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +33,7 @@ class Levers:
     activation_checkpointing: str | None = None
 
 
-DEFAULT_LEVERS = Levers(
-    zero=2, offload_optimizer=False, offload_param=False, activation_checkpointing="layer"
-)
+DEFAULT_LEVERS = Levers(zero=2, offload_optimizer=False, offload_param=False, activation_checkpointing="layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +170,7 @@ def lever_faults(levers: Levers) -> list[str]:
     """What contradicts itself among resolved levers, one sentence each."""
     faults = []
     if levers.offload_param and levers.zero != 3:
-        faults.append(
-            f"--offload-param needs --zero 3 (only stage 3 partitions parameters), not --zero {levers.zero}."
-        )
+        faults.append(f"--offload-param needs --zero 3 (only stage 3 partitions parameters), not --zero {levers.zero}.")
     if levers.offload_optimizer and not levers.zero:
         faults.append("--offload-optimizer needs --zero 1, 2 or 3, not --zero 0.")
     return faults

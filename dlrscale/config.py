@@ -106,9 +106,7 @@ class LockConfig(RunConfig):
             found.append(f"--form {self.form}: one of {', '.join(shapes.FORMS)}.")
         for name in ("coupling", "harden_weight", "harden_target", "heal_lr"):
             if not (0 <= getattr(self, name) < float("inf")):
-                found.append(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be a finite number, 0 or more."
-                )
+                found.append(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a finite number, 0 or more.")
         if self.heal_steps < 0:
             found.append(f"--heal-steps {self.heal_steps}: must be at least 0.")
         if self.rank is not None and self.rank < 1:
@@ -131,9 +129,7 @@ class AttackConfig(RunConfig):
     @property
     def axes(self) -> dict[str, object]:
         """The resolved choice on the four axes."""
-        levers = catalogue.Levers(
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(catalogue.Levers)}
-        )
+        levers = catalogue.Levers(**{f.name: getattr(self, f.name) for f in dataclasses.fields(catalogue.Levers)})
         return catalogue.axes(catalogue.strategy(self.strategy), levers, self.knobs)
 
 

@@ -106,9 +106,7 @@ def load(
         ConfigError: If the data are missing, malformed, or less than one sequence.
     """
     if seq_len < 2:
-        raise ConfigError(
-            f"--seq-len is {seq_len}: a sequence needs at least 2 tokens to hold a predicted one."
-        )
+        raise ConfigError(f"--seq-len is {seq_len}: a sequence needs at least 2 tokens to hold a predicted one.")
     counts = dict.fromkeys(COUNT_KEYS, 0)
     if not _is_jsonl(path):
         return _pack(path, documents(path, document_separator, counts), tokenizer, seq_len, counts)
@@ -155,9 +153,7 @@ def check_place(place: str | None) -> None:
     folder = path.absolute().parent
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
-    hint = (
-        f"Did you mean {near[0]!r} there?" if near else f"Give a file, or one of {', '.join(EMBEDDED)}."
-    )
+    hint = f"Did you mean {near[0]!r} there?" if near else f"Give a file, or one of {', '.join(EMBEDDED)}."
     raise ConfigError(f"No such data file: {path.absolute()}. {hint}")
 
 
@@ -191,9 +187,7 @@ def _records(path: str, text: str, columns: Mapping[str, str] | None) -> Iterato
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", None) or str(error)
-            raise ConfigError(
-                f"{place}: no JSON object ({reason}). Each line must hold a whole one."
-            ) from None
+            raise ConfigError(f"{place}: no JSON object ({reason}). Each line must hold a whole one.") from None
         if not isinstance(record, dict):
             raise ConfigError(f"{place}: {_short(record)} is no JSON object. Each line must hold one.")
         keys = keys or _guess_keys(place, record)
@@ -250,9 +244,7 @@ def _encode(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
         yield from tokenizer(list(texts[start : start + _TOKENIZER_BATCH]), **options)["input_ids"]
 
 
-def _pack(
-    source: str, documents: Iterable[str], tokenizer: Any, seq_len: int, counts: dict[str, int]
-) -> TokenData:
+def _pack(source: str, documents: Iterable[str], tokenizer: Any, seq_len: int, counts: dict[str, int]) -> TokenData:
     """Join the documents, each closed by one end token, and cut them into windows of seq_len tokens."""
     found = list(documents)
     full = [text for text in found if text.strip()]

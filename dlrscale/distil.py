@@ -172,9 +172,7 @@ class Distiller:
             right = y.float().square().sum(-1)
             sums[rows[switch.layer]] += torch.stack([(v * mask).sum() for v in (wrong, right)]).double()
 
-        batches = eval_batches(
-            data, batch=batch, rank=engine.rank, world_size=engine.world_size, pad_id=pad_id
-        )
+        batches = eval_batches(data, batch=batch, rank=engine.rank, world_size=engine.world_size, pad_id=pad_id)
         with mode(self.switches, "teacher", visit):
             for micro in batches:
                 micro = {k: v.to(engine.device) for k, v in micro.items()}

@@ -5,14 +5,26 @@ Legend: D model width, F inner width, R_k rank of block k, S = sum(R_k), K block
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from torch import nn
 
 from dlrscale.errors import SurgeryError
 from dlrscale.modeling.dlr_net import DLRNet
-from dlrscale.models import MLPWeights
 
 COLD_SCALE = 0.1
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """The matrices of a base MLP, all as (out, in): gate and up (F, D), down (D, F); biases or None."""
+
+    gate: torch.Tensor | None
+    up: torch.Tensor
+    down: torch.Tensor
+    gate_bias: torch.Tensor | None
+    up_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
 
 
 @torch.no_grad()
@@ -25,7 +37,10 @@ def cold_start(net: DLRNet, generator: torch.Generator) -> None:
     """
     total = sum(block.b_proj.in_features for block in net.blocks)
     for block in net.blocks:
-        for linear, std in ((block.a_proj, net.blocks[0].a_proj.in_features**-0.5), (block.b_proj, COLD_SCALE * total**-0.5)):
+        for linear, std in (
+            (block.a_proj, net.blocks[0].a_proj.in_features ** -0.5),
+            (block.b_proj, COLD_SCALE * total**-0.5),
+        ):
             values = torch.randn(linear.weight.shape, generator=generator) * std
             linear.weight.copy_(values)
         if block.a_proj.bias is not None:
@@ -99,8 +114,3 @@ def flat_weights(net: DLRNet) -> MLPWeights:
         up_bias=torch.cat([h[-1] for h in bias_halves]) if bias else None,
         down_bias=net.bias,
     )
-
-
-def dlr_nets(model: nn.Module) -> dict[str, DLRNet]:
-    """All DLR-Nets of a model by module name. A class that came as remote code counts by its name."""
-    return {name: m for name, m in model.named_modules() if type(m).__name__ == "DLRNet"}

@@ -111,7 +111,9 @@ def resolve_batch(file: Mapping[str, Any], micro: int | None, accumulation: int 
     ):
         held = file.get(key)
         if held is not None and (not isinstance(held, int) or held < 1):
-            faults.append(f"{key} in the DeepSpeed file is {held!r}: give a whole number of at least 1, or leave it out.")
+            faults.append(
+                f"{key} in the DeepSpeed file is {held!r}: give a whole number of at least 1, or leave it out."
+            )
             held = None
         if held is not None and given is not None and held != given:
             faults.append(f"{flag} {given} and {key} {held} in the DeepSpeed file differ. Give one of them.")
@@ -370,7 +372,11 @@ class Engine:
                 shutil.rmtree(left)
         self.barrier()
         self.ds.save_checkpoint(
-            str(folder), tag=temporary, client_state={"dlrscale": state}, save_latest=False, exclude_frozen_parameters=True
+            str(folder),
+            tag=temporary,
+            client_state={"dlrscale": state},
+            save_latest=False,
+            exclude_frozen_parameters=True,
         )
         self.barrier()
         if self.rank == 0:
@@ -398,7 +404,9 @@ class Engine:
         check_layout(folder, self.world_size, self.stage)
         path, state = self.ds.load_checkpoint(str(folder), tag=f"step{step}", load_module_strict=False)
         if path is None:
-            raise JobError(f"DeepSpeed could not load {folder}/step{step}. Delete that folder to go on from an older one.")
+            raise JobError(
+                f"DeepSpeed could not load {folder}/step{step}. Delete that folder to go on from an older one."
+            )
         return state["dlrscale"]
 
 

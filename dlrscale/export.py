@@ -13,8 +13,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dlrscale import dlr, models, record, shapes
 from dlrscale.config import PretrainConfig
+from dlrscale.dlr import MLPWeights
 from dlrscale.errors import ConfigError, SurgeryError
-from dlrscale.models import MLPWeights
 from dlrscale.shapes import Family, ModelShape
 
 MANIFEST = "lock.json"
@@ -287,5 +287,3 @@ def export_locked(
     tokenizer = models.load_tokenizer(base_folder)
     files = {MANIFEST: record.dumps(manifest, indent=2) + "\n", "README.md": model_card(manifest)}
     save_folder(model, tokenizer, folder, files)
-
-

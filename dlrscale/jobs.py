@@ -24,7 +24,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dlrscale import attacks, catalogue, data, distil, engine, export, launcher, models, record, shapes, surgery
+from dlrscale import (
+    attacks,
+    catalogue,
+    data,
+    distil,
+    engine,
+    export,
+    launcher,
+    models,
+    record,
+    shapes,
+    surgery,
+)
 from dlrscale import config as configuration
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.data import Batches, TokenData
@@ -70,6 +82,13 @@ class Run:
     id: str
     sink: Any = None
     metrics: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def start_engine(self, model: nn.Module, trainable: list[nn.Parameter]) -> Engine:
+        """Start DeepSpeed on a model; the record names the optimizer's class."""
+        ds = Engine(model, trainable, self.ds_config)
+        self.notes["optimizer"] = ds.optimizer_class
+        return ds
 
 
 def load_corpora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpora:
@@ -166,7 +185,11 @@ def run(config: RunConfig, make_sink: Callable[[RunConfig, str, str], Any] | Non
     started = record.now()
     ds_config = engine.merge(config)
     run_id, resume_id = configuration.run_ids(config, ds_config)
-    device = torch.device(engine.device_type(), int(os.environ["LOCAL_RANK"])) if engine.device_type() == "cuda" else torch.device("cpu")
+    device = (
+        torch.device(engine.device_type(), int(os.environ["LOCAL_RANK"]))
+        if engine.device_type() == "cuda"
+        else torch.device("cpu")
+    )
     job = Run(config, ds_config, Phases(device), Path(config.out), run_id)
     outcome_file = job.out / ".outcome"
     if rank == 0:
@@ -197,6 +220,7 @@ def run(config: RunConfig, make_sink: Callable[[RunConfig, str, str], Any] | Non
         "phases": job.phases.phases,
         "error": error,
     }
+    entry["config"] |= job.notes
     if (rank == 0 or outcome in (Outcome.OOM, Outcome.FAILED)) and claim_outcome(outcome_file):
         record.append_line(job.out / record.RECORDS_FILE, entry)
         if outcome is Outcome.OK:
@@ -222,6 +246,13 @@ def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_i
         if settings.get(key):
             settings[f"{key}_digest"] = configuration.digest(settings[key])
             settings[key] = settings[key] if settings[key].startswith("embedded:") else Path(settings[key]).name
+    for key in (
+        "out",
+        "deepspeed_config",
+        "hostfile",
+    ):  # where things lie on this machine is nobody's business
+        settings[key] = settings[key] and Path(settings[key]).name
+    settings["tracking_uri"] = str(settings["tracking_uri"]).split(":")[0]
     settings["global_batch"] = config.global_batch
     return record.make_record(
         id=run_id,
@@ -301,7 +332,7 @@ def lock(run_: Run) -> None:
         model = models.load_model(config.model, config.dtype)
         shape = shapes.model_shape(model.config.to_dict())
         distiller = distil.Distiller(surgery.install(model, shape, config), config)
-        ds = Engine(model, distiller.parameters, run_.ds_config)
+        ds = run_.start_engine(model, distiller.parameters)
     batches = make_batches(config, corpora, ds.rank, ds.world_size)
     loop = Loop(config=config, engine=ds, batches=batches, phases=run_.phases, out=run_.out, sink=run_.sink)
     done = loop.resume()
@@ -313,7 +344,13 @@ def lock(run_: Run) -> None:
         loop.state = {"b": scales, "floors": distiller.floors}
     run_.metrics |= corpora.counts()
     stages = [
-        Stage(name="distil", steps=config.steps, lr=config.lr, warmup=config.warmup_steps, objective=distiller.distil_step),
+        Stage(
+            name="distil",
+            steps=config.steps,
+            lr=config.lr,
+            warmup=config.warmup_steps,
+            objective=distiller.distil_step,
+        ),
         Stage(
             name="heal",
             steps=config.heal_steps,
@@ -363,7 +400,17 @@ def lock_manifest(
 ) -> dict[str, Any]:
     """The manifest `lock.json` of a locked folder; it holds no absolute path."""
     config: LockConfig = run_.config
-    recipe_keys = ("steps", "lr", "warmup_steps", "heal_steps", "heal_lr", "seq_len", "dtype", "seed", "global_batch")
+    recipe_keys = (
+        "steps",
+        "lr",
+        "warmup_steps",
+        "heal_steps",
+        "heal_lr",
+        "seq_len",
+        "dtype",
+        "seed",
+        "global_batch",
+    )
     return {
         "schema": record.SCHEMA,
         "lock_id": run_.id,
@@ -408,7 +455,7 @@ def attack(run_: Run) -> None:
         else:
             model = attacks.find(entry.trainable).choose(model, shape, config.knobs)
         model.train()
-        ds = Engine(model, [p for p in model.parameters() if p.requires_grad], run_.ds_config)
+        ds = run_.start_engine(model, [p for p in model.parameters() if p.requires_grad])
     run_.metrics |= corpora.counts() | parameter_counts(model)
     loss = evaluator(run_, ds, corpora)
 
@@ -421,7 +468,13 @@ def attack(run_: Run) -> None:
     objective = LanguageModelling(SavedBytes(ds.module, mlp_parts(ds.module, shape)))
     batches = make_batches(config, corpora, ds.rank, ds.world_size)
     loop = Loop(
-        config=config, engine=ds, batches=batches, phases=run_.phases, out=run_.out, sink=run_.sink, evaluate=evaluate
+        config=config,
+        engine=ds,
+        batches=batches,
+        phases=run_.phases,
+        out=run_.out,
+        sink=run_.sink,
+        evaluate=evaluate,
     )
     done = loop.resume()
     if not done:
@@ -469,13 +522,16 @@ def mlp_parts(model: nn.Module, shape: shapes.ModelShape) -> dict[str, nn.Module
 
 
 def saved_formula(config: AttackConfig, shape: shapes.ModelShape, entry: catalogue.Strategy) -> dict[str, float]:
-    """Derived bytes per token saved by all MLP parts, where the strategy keeps them (no checkpointing, no LoRA in them)."""
-    if config.activation_checkpointing != "none" or entry.trainable == "lora":
+    """Derived bytes per token saved by all MLP parts, for strategies that keep them.
+
+    Left out where layers are checkpointed, where adapters sit inside the MLPs, and where the family's dropout
+    is on: its mask's size depends on the device.
+    """
+    if config.activation_checkpointing != "none" or entry.trainable == "lora" or shape.dropout:
         return {}
-    elements = sum(
-        shapes.saved_elements(shape, layer, trainable=entry.trainable == "all") for layer in range(shape.layers)
-    )
-    return {"memory/saved_mlp_bytes_per_token_formula": elements * DTYPE_BYTES[config.dtype]}
+    trainable = entry.trainable == "all"
+    total = sum(shapes.saved_bytes(shape, i, DTYPE_BYTES[config.dtype], trainable) for i in range(shape.layers))
+    return {"memory/saved_mlp_bytes_per_token_formula": total}
 
 
 def pretrain(run_: Run) -> None:
@@ -486,7 +542,7 @@ def pretrain(run_: Run) -> None:
         corpora = load_corpora(config, tokenizer)
         torch.manual_seed(config.seed)
         model = models.build_llama(config, tokenizer).train()
-        ds = Engine(model, list(model.parameters()), run_.ds_config)
+        ds = run_.start_engine(model, list(model.parameters()))
     run_.metrics |= corpora.counts() | parameter_counts(model)
     loss = evaluator(run_, ds, corpora)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from dlrscale import config as configuration
 from dlrscale.config import RunConfig
-from dlrscale.errors import JobError
+from dlrscale.errors import ConfigError, JobError
 
 # Exit codes of ranks: each ends its siblings at once; DeepSpeed's launcher passes it on.
 EXIT_OOM = 11
@@ -34,6 +34,28 @@ def free_port() -> int:
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def hostfile_slots(path: str) -> int:
+    """Ranks that a DeepSpeed hostfile (`host slots=8` per line) offers.
+
+    Raises:
+        ConfigError: If the file is missing or a line is of another form.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        raise ConfigError(f"--hostfile {path}: no such file.") from None
+    total = 0
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        name, _, count = words[-1].partition("=")
+        if len(words) != 2 or name != "slots" or not count.isdecimal():
+            raise ConfigError(f"{path}:{number}: {line!r} is not of the form `host slots=8`.")
+        total += int(count)
+    return total
 
 
 def command(config: RunConfig, port: int | None = None) -> list[str]:

@@ -8,31 +8,25 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dlrscale import shapes
 from dlrscale.config import PretrainConfig
+from dlrscale.dlr import MLPWeights
 from dlrscale.errors import ConfigError, SurgeryError
 from dlrscale.shapes import Family
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class MLPWeights:
-    """The matrices of a base MLP, all as (out, in): gate and up (F, D), down (D, F); biases or None."""
-
-    gate: torch.Tensor | None
-    up: torch.Tensor
-    down: torch.Tensor
-    gate_bias: torch.Tensor | None
-    up_bias: torch.Tensor | None
-    down_bias: torch.Tensor | None
 
 
 def locked_classes(family: Family) -> tuple[type, type[PreTrainedModel]]:

@@ -308,10 +308,8 @@ def mlp_saved_elements(gated: bool, width: int, inner: int, activation: str, tra
     return width + (1 + product) * inner if trainable else product * inner
 
 
-def dlr_saved_elements(
-    form: str, width: int, ranks: Sequence[int], activation: str, trainable: bool = True
-) -> int:
-    """Elements per token that eager autograd saves for one DLR-Net (all elements of the model's dtype).
+def dlr_saved_elements(form: str, width: int, ranks: Sequence[int], activation: str, trainable: bool = True) -> int:
+    """Elements per token that eager autograd saves for one DLR-Net.
 
     Each block's input u_k = x + b d_k is a tensor of its own (D each; the first is x). With all trainable,
     block k saves u_k and the input of B_k (R_k), and what lies between:
@@ -335,11 +333,18 @@ def dlr_saved_elements(
     return elements
 
 
-def saved_elements(shape: ModelShape, layer: int, trainable: bool = True) -> int:
-    """Elements per token saved for the MLP part of one layer, base MLP or DLR-Net."""
-    if shape.ranks and layer in shape.ranks:
-        return dlr_saved_elements(shape.form, shape.width, shape.ranks[layer], shape.activation, trainable)
-    return mlp_saved_elements(shape.family.gated, shape.width, shape.inner, shape.activation, trainable)
+def saved_bytes(shape: ModelShape, layer: int, dtype_bytes: int, trainable: bool = True) -> int:
+    """Bytes per token saved for the MLP part of one layer, base MLP or DLR-Net, without a dropout's mask.
+
+    All elements are of the model's dtype, but for the norm of a token in each prenorm block, which is fp32.
+    """
+    if not shape.ranks or layer not in shape.ranks:
+        elements = mlp_saved_elements(shape.family.gated, shape.width, shape.inner, shape.activation, trainable)
+        return elements * dtype_bytes
+    ranks = shape.ranks[layer]
+    elements = dlr_saved_elements(shape.form, shape.width, ranks, shape.activation, trainable)
+    wide = len(ranks) if FORMS[shape.form].norm else 0
+    return elements * dtype_bytes + wide * (4 - dtype_bytes)
 
 
 def parse_layers(text: str | None, layers: int) -> tuple[int, ...]:
@@ -353,7 +358,7 @@ def parse_layers(text: str | None, layers: int) -> tuple[int, ...]:
     chosen: set[int] = set()
     for part in str(text).split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not (first.isascii() and first.isdigit()) or (dash and not (last.isascii() and last.isdigit())):
             raise ConfigError(f"--layers {text!r}: {part!r} is neither a layer nor a range. Write it as 2-10,15.")
         chosen.update(range(int(first), int(last or first) + 1))
     outside = sorted(i for i in chosen if i >= layers)

@@ -201,7 +201,10 @@ class LanguageModelling:
             total += nats.detach().double()
         with phases.phase("optimizer"):
             norm = engine.step()
-        return {"loss/train": float(engine.sum_over_ranks(total)) / batch.label_tokens, "optim/grad_norm": norm}
+        return {
+            "loss/train": float(engine.sum_over_ranks(total)) / batch.label_tokens,
+            "optim/grad_norm": norm,
+        }
 
     def _forward(self, engine: Engine, micro: dict[str, torch.Tensor]) -> torch.Tensor:
         def loss() -> torch.Tensor:

@@ -205,7 +205,10 @@ class FakeEngine:
         self.boundaries, self.gradients, self.inside, self.lr = [], {}, False, 0.0
 
     def backward(self, loss, scale):
-        (loss * scale / self.accumulation).backward()
+        import torch
+
+        with torch.enable_grad():  # as the engine does: the call may come from a visit inside no_grad
+            (loss * scale / self.accumulation).backward()
 
     def boundary(self, last):
         self.boundaries.append(last)

@@ -23,7 +23,12 @@ def apply(folder: Path, out: Path) -> Path:
     """
     if not shapes.model_shape(shapes.read_config(folder)).locked:
         return folder
-    save_folder(flattened_model(models.load_model(folder, stored_dtype(folder))), models.load_tokenizer(folder), out, {})
+    save_folder(
+        flattened_model(models.load_model(folder, stored_dtype(folder))),
+        models.load_tokenizer(folder),
+        out,
+        {},
+    )
     return out
 
 

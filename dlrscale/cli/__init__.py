@@ -20,8 +20,8 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="dlrscale")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def dlrscale(debug: bool) -> None:
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+def dlrscale() -> None:
     """Measure what a fine-tuning lock on open weights really costs an attacker.
 
     \b
@@ -34,7 +34,9 @@ def dlrscale(debug: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; errors that are written for people end in one message and their exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv  # anywhere, also behind the command's name
+    argv = [word for word in argv if word != "--debug"]
     try:
         dlrscale.main(args=argv, prog_name="dlrscale", standalone_mode=False, obj=argv)
         code = 0
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
             error.show()
     except DlrscaleError as error:
         code = error.exit_code
-        if "--debug" in argv:
+        if debug:
             traceback.print_exc()
         _say(str(error))
     sys.exit(code)
@@ -69,14 +71,32 @@ def _say(message: str) -> None:
 @click.option("--model", required=True, type=PATH, help="Folder of the pretrained base model.")
 @DATA_OPTIONS
 @TRAIN_OPTIONS
-@click.option("--form", type=click.Choice(["gated", "plain", "prenorm"]), help="[default: gated; plain on two-matrix MLPs]")
+@click.option(
+    "--form",
+    type=click.Choice(["gated", "plain", "prenorm"]),
+    help="[default: gated; plain on two-matrix MLPs]",
+)
 @click.option("--depth", type=int, default=32, show_default=True, help="Blocks in each DLR-Net.")
 @click.option("--rank", type=int, help="One rank for all blocks.  [default: as many parameters as the MLP]")
 @click.option("--start", type=click.Choice(["warm", "cold"]), help="[default: warm where it is defined, else cold]")
-@click.option("--coupling", type=float, default=0.25, show_default=True, help="How strongly blocks depend on one another.")
+@click.option(
+    "--coupling",
+    type=float,
+    default=0.25,
+    show_default=True,
+    help="How strongly blocks depend on one another.",
+)
 @click.option("--harden/--no-harden", default=True, show_default=True, help="Train the flattened model to be useless.")
-@click.option("--harden-weight", type=float, default=0.03, show_default=True, help="Weight of hardening; a tenth while healing.")
-@click.option("--harden-target", type=float, default=1.0, show_default=True, help="Flat error at which hardening stops.")
+@click.option(
+    "--harden-weight",
+    type=float,
+    default=0.03,
+    show_default=True,
+    help="Weight of hardening; a tenth while healing.",
+)
+@click.option(
+    "--harden-target", type=float, default=1.0, show_default=True, help="Flat error at which hardening stops."
+)
 @click.option("--layers", help="Layers to lock, such as 2-10,15.  [default: all]")
 @click.option("--heal-steps", type=int, default=75, show_default=True, help="Steps of end-to-end distillation.")
 @click.option("--heal-lr", type=float, default=1e-3, show_default=True)
@@ -100,7 +120,7 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
         options["start"] = "warm" if shapes.FORMS[options["form"]].start_on == shape.kind else "cold"
     config = resolve(LockConfig, options, _levers(options, catalogue.Levers(activation_checkpointing="none")), "lock")
     if inside_launch():
-        run_rank(config)
+        run_rank(config, dry_run)
     if not dry_run:
         click.echo(f"lock {config.name}: form {config.form}, depth {config.depth}, {config.start} start", err=True)
     execute(config, dry_run=dry_run)
@@ -118,7 +138,13 @@ def _levers(options: dict[str, Any], own: catalogue.Levers) -> catalogue.Levers:
 @click.option("--model", required=True, type=PATH, help="Folder of the model to attack, locked or not.")
 @click.option("--base", type=PATH, help="Folder of the base model: attacked in the same way, for the ratios.")
 @click.option("--strategy", required=True, help="One of `dlrscale strategies`.")
-@click.option("--set", "knobs", multiple=True, metavar="KNOB=VALUE", help="A strategy's own knob; `dlrscale strategies NAME` lists them.")
+@click.option(
+    "--set",
+    "knobs",
+    multiple=True,
+    metavar="KNOB=VALUE",
+    help="A strategy's own knob; `dlrscale strategies NAME` lists them.",
+)
 @DATA_OPTIONS
 @click.option("--heldout-base", type=PATH, help="Held-out data of the base model's own domain.")
 @TRAIN_OPTIONS
@@ -126,7 +152,12 @@ def _levers(options: dict[str, Any], own: catalogue.Levers) -> catalogue.Levers:
 @RUN_OPTIONS
 @ENGINE_OPTIONS
 def attack(
-    base: str | None, strategy: str, knobs: tuple[str, ...], dry_run: bool, local_rank: int | None, **options: Any
+    base: str | None,
+    strategy: str,
+    knobs: tuple[str, ...],
+    dry_run: bool,
+    local_rank: int | None,
+    **options: Any,
 ) -> None:
     """Fine-tune a locked model, and with --base the unlocked one, by one strategy.
 
@@ -141,8 +172,10 @@ def attack(
     jobs_ = attack_configs(options, base, strategy, knobs)
     if inside_launch():
         if base:
-            raise ConfigError("--base: a direct launch attacks one model. Launch it again with --model BASE, or use `dlrscale attack`.")
-        run_rank(jobs_[0])
+            raise ConfigError(
+                "--base: a direct launch attacks one model. Launch it again with --model BASE, or use `dlrscale attack`."
+            )
+        run_rank(jobs_[0], dry_run)
     records = run_all(jobs_, dry_run)
     if len(records) > 1:
         click.echo(report.summary_table(records))
@@ -274,7 +307,9 @@ def ui(tracking_uri: str | None, port: int) -> None:
 @click.option("--num-layers", type=int, default=6, show_default=True)
 @click.option("--heads", type=int, default=8, show_default=True)
 @click.option("--kv-heads", type=int, default=4, show_default=True)
-@click.option("--vocabulary", type=int, default=2048, show_default=True, help="Tokens of the tokenizer that is trained.")
+@click.option(
+    "--vocabulary", type=int, default=2048, show_default=True, help="Tokens of the tokenizer that is trained."
+)
 @RUN_OPTIONS
 @ENGINE_OPTIONS
 def pretrain(dry_run: bool, local_rank: int | None, **options: Any) -> None:
@@ -289,7 +324,7 @@ def pretrain(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     levers = _levers(options, catalogue.Levers(activation_checkpointing="none"))
     config = resolve(PretrainConfig, options, levers, "pretrain")
     if inside_launch():
-        run_rank(config)
+        run_rank(config, dry_run)
     execute(config, dry_run=dry_run)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import click
 
+
 def options(*choices: Callable) -> Callable:
     """Apply several option decorators in the order in which they are to be shown."""
 
@@ -19,27 +20,54 @@ def options(*choices: Callable) -> Callable:
 
 PATH = click.Path(path_type=str)
 DATA_OPTIONS = options(
-    click.option("--data", required=True, type=PATH, help="Training data: text or JSON lines, .gz or not, or embedded:NAME."),
+    click.option(
+        "--data",
+        required=True,
+        type=PATH,
+        help="Training data: text or JSON lines, .gz or not, or embedded:NAME.",
+    ),
     click.option("--columns", help="Names of the keys of JSON lines: prompt=question,completion=answer or text=story."),
     click.option("--document-separator", help="Text that stands between the documents of a plain text file."),
     click.option("--heldout", type=PATH, help="Held-out data of the same kind.  [default: the last 5 % of --data]"),
-    click.option("--heldout-limit", type=int, default=0, show_default=True, help="Held-out sequences at most, the first ones; 0: all."),
+    click.option(
+        "--heldout-limit",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Held-out sequences at most, the first ones; 0: all.",
+    ),
     click.option("--seq-len", type=int, default=512, show_default=True, help="Tokens per sequence."),
 )
 TRAIN_OPTIONS = options(
     click.option("--steps", type=int, default=300, show_default=True, help="Optimizer steps."),
-    click.option("--lr", type=float, default=3e-3, show_default=True, help="Peak learning rate."),
+    click.option("--lr", type=float, help="Peak learning rate.  [default: the DeepSpeed file's, or 3e-3]"),
     click.option("--warmup-steps", type=int, default=10, show_default=True, help="Steps of linear warm-up."),
 )
 RUN_OPTIONS = options(
     click.option("--out", type=PATH, help="Folder of the run.  [default: results/<name>-<8 digits>]"),
     click.option("--name", help="Name of the run, in the record and in MLflow."),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
-    click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="[default: bf16 on an accelerator, fp32 on the CPU]"),
+    click.option(
+        "--dtype",
+        type=click.Choice(["fp32", "bf16", "fp16"]),
+        help="[default: bf16 on an accelerator, fp32 on the CPU]",
+    ),
     click.option("--micro-batch", type=int, help="Sequences per rank and forward.  [default: 4]"),
     click.option("--accumulation", type=int, help="Micro-batches per optimizer step.  [default: 1]"),
-    click.option("--eval-every", type=int, default=0, show_default=True, help="Steps between held-out evaluations; 0: at the end."),
-    click.option("--checkpoint-every", type=int, default=50, show_default=True, help="Steps between checkpoints; 0: none."),
+    click.option(
+        "--eval-every",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Steps between held-out evaluations; 0: at the end.",
+    ),
+    click.option(
+        "--checkpoint-every",
+        type=int,
+        default=50,
+        show_default=True,
+        help="Steps between checkpoints; 0: none.",
+    ),
     click.option("--keep-checkpoints", type=int, default=2, show_default=True, help="How many checkpoints stay."),
 )
 ENGINE_OPTIONS = options(
@@ -47,9 +75,15 @@ ENGINE_OPTIONS = options(
     click.option("--offload-optimizer/--no-offload-optimizer", default=None, help="Optimizer states in host memory."),
     click.option("--offload-param/--no-offload-param", default=None, help="Parameters in host memory (ZeRO-3)."),
     click.option("--deepspeed_config", type=PATH, help="A DeepSpeed file of your own, or one of ds_configs/."),
-    click.option("--num-ranks", type=click.IntRange(1), help="Processes.  [default: one per accelerator; 1 on the CPU]"),
+    click.option(
+        "--num-ranks", type=click.IntRange(1), help="Processes.  [default: one per accelerator; 1 on the CPU]"
+    ),
     click.option("--hostfile", type=PATH, help="DeepSpeed hostfile, for several nodes."),
     click.option("--tracking-uri", help="MLflow store, or none.  [default: sqlite in ./results]"),
     click.option("--local_rank", type=int, hidden=True, help="What the DeepSpeed launcher adds by itself."),
-    click.option("--dry-run", is_flag=True, help="Print the merged DeepSpeed configuration and the launch line; run nothing."),
+    click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Print the merged DeepSpeed configuration and the launch line; run nothing.",
+    ),
 )

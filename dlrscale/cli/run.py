@@ -75,14 +75,18 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
         ]
         dtype = engine.file_dtype(file)
         if dtype and values.get("dtype") and values["dtype"] != dtype:
-            clash.append(f"--dtype {values['dtype']} and {dtype}.enabled in {values['deepspeed_config']} differ. Give one.")
+            clash.append(
+                f"--dtype {values['dtype']} and {dtype}.enabled in {values['deepspeed_config']} differ. Give one."
+            )
         if clash:
             raise ConfigError(clash)
         values |= decided
         values["dtype"] = values.get("dtype") or dtype
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         values["num_ranks"] = int(os.environ["WORLD_SIZE"])
-    values["num_ranks"] = values.get("num_ranks") or engine.device_count()
+    slots = launcher.hostfile_slots(values["hostfile"]) if values.get("hostfile") else 0
+    values["num_ranks"] = values.get("num_ranks") or slots or engine.device_count()
+    values["lr"] = resolve_rate(file, values.get("lr"))
     values["micro_batch"], values["accumulation"] = engine.resolve_batch(
         file, values.get("micro_batch"), values.get("accumulation"), values["num_ranks"]
     )
@@ -101,17 +105,36 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     return config
 
 
+def resolve_rate(file: dict[str, Any], given: float | None) -> float:
+    """The peak rate: the command's, else the DeepSpeed file's, else 3e-3.
+
+    Raises:
+        ConfigError: If both give one and they differ.
+    """
+    held = (file.get("optimizer") or {}).get("params", {}).get("lr")
+    held = held if isinstance(held, (int, float)) else None
+    if held is not None and given is not None and held != given:
+        raise ConfigError(
+            f"--lr {given} and optimizer.params.lr {held} in the DeepSpeed file differ. Give one of them."
+        )
+    return float(given if given is not None else 3e-3 if held is None else held)
+
+
 def inside_launch() -> bool:
     """Whether this process is a rank that the DeepSpeed launcher started."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run_rank(config: RunConfig) -> None:
+def run_rank(config: RunConfig, dry_run: bool) -> None:
     """Run a job as one rank of a direct `deepspeed launch/...`; rank 0 alone speaks. Ends the process."""
     from dlrscale import jobs, tracking
 
     first = os.environ["RANK"] == "0"
-    jobs.preflight(config)
+    merged = jobs.preflight(config)
+    if dry_run:
+        if first:
+            click.echo(json.dumps(merged, indent=2))
+        sys.exit(0)
     if first and config.tracking_uri != "none":
         tracking.prepare(config.tracking_uri)
     code = jobs.run(config, jobs.make_tracker)
@@ -158,9 +181,13 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
             code = launcher.run(config, progress.update)
         if count_records(config) == before:
             entry = jobs.describe(config, merged, run_id, resume_id)
-            entry |= {"outcome": Outcome.OOM.value if code == launcher.EXIT_OOM else Outcome.FAILED.value,
-                      "started": record.now(), "metrics": {}, "phases": {},
-                      "error": f"the ranks ended (launcher exit code {code}) and left no record; see {out}/ranks.log"}
+            entry |= {
+                "outcome": Outcome.OOM.value if code == launcher.EXIT_OOM else Outcome.FAILED.value,
+                "started": record.now(),
+                "metrics": {},
+                "phases": {},
+                "error": f"the ranks ended (launcher exit code {code}) and left no record; see {out}/ranks.log",
+            }
             record.append_line(out / record.RECORDS_FILE, entry)
         entry = last_record(config)
         if entry["outcome"] == Outcome.FAILED.value and code == launcher.EXIT_CONFIG:
@@ -217,7 +244,9 @@ class Progress:
         self.position += len(whole) + 1
         row = json.loads(whole.rpartition(b"\n")[2])
         self.bar.n = row["step"]
-        self.bar.set_postfix_str(f"{row['phase']} loss {row['loss/train']:.4f}" if row["loss/train"] is not None else "")
+        self.bar.set_postfix_str(
+            f"{row['phase']} loss {row['loss/train']:.4f}" if row["loss/train"] is not None else ""
+        )
         self.bar.refresh()
 
     def __exit__(self, *error: object) -> None:

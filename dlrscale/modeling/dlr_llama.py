@@ -24,9 +24,7 @@ class DLRLlamaForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         for index, ranks in (config.dlr or {"ranks": {}})["ranks"].items():
             layer = self.model.layers[int(index)]
-            layer.mlp = DLRNet(
-                config.hidden_size, ranks, config.dlr["form"], layer.mlp.act_fn, bias=config.mlp_bias
-            )
+            layer.mlp = DLRNet(config.hidden_size, ranks, config.dlr["form"], layer.mlp.act_fn, bias=config.mlp_bias)
         self.post_init()
 
     @torch.no_grad()

@@ -44,9 +44,7 @@ class Slope:
     def text(self) -> str:
         """The slope in words."""
         points = ", ".join(f"{size(v)} at K = {k:g}" for k, v in zip(self.depths, self.values, strict=True))
-        shape = (
-            "from two depths" if len(self.depths) == 2 else f"within {self.departure:.1%} of a straight line"
-        )
+        shape = "from two depths" if len(self.depths) == 2 else f"within {self.departure:.1%} of a straight line"
         return f"DLR-Net part against depth: {points}; {size(self.per_block)} per block and token ({shape})."
 
 
@@ -117,9 +115,7 @@ def _memory(locks: Sequence[Lock]) -> Claim:
             verdicts.append(FALLS)
         lines.append(slope.text)
     if verdicts:
-        lines.append(
-            "The verdict is on plain autograd (full), the claim's reference; stock attackers use ckpt-layer."
-        )
+        lines.append("The verdict is on plain autograd (full), the claim's reference; stock attackers use ckpt-layer.")
     return _claim("C1", "memory: plain backpropagation keeps more, in proportion to depth", verdicts, lines)
 
 
@@ -172,9 +168,7 @@ def _backward(locks: Sequence[Lock]) -> Claim:
                 ratios = f"forward {significant(forward)}x, backward {significant(backward)}x"
                 figures.append((pair, asymmetry, f"{pair.label} {significant(asymmetry)} ({ratios})"))
         if not figures:
-            lines.append(
-                f"{lock.short}: no attack with forward and backward times on both sides; not decided."
-            )
+            lines.append(f"{lock.short}: no attack with forward and backward times on both sides; not decided.")
             continue
         where = "on the CPU" if figures[0][0].where == HOST else "on the accelerator"
         lines.append(f"{lock.short}: backward / forward, {where}: {'; '.join(f[2] for f in figures)}.")
@@ -196,9 +190,7 @@ def _optimisation(locks: Sequence[Lock]) -> Claim:
             if base is not None and locked is not None:
                 figures.append(f"{pair.label} {loss(base)} and {loss(locked)} ({locked - base:+.3f})")
         if figures:
-            lines.append(
-                f"{lock.short}: task loss after training, base and locked (difference): {'; '.join(figures)}."
-            )
+            lines.append(f"{lock.short}: task loss after training, base and locked (difference): {'; '.join(figures)}.")
     if lines:
         lines.append(f"{_seeds(locks)}, untuned learning rate.")
     else:
@@ -219,8 +211,7 @@ def _adaptive(locks: Sequence[Lock]) -> Claim:
             flat, locked = (lock.run.metric(f"loss/heldout_{k}") for k in ("flat", "locked"))
             found = True
             lines.append(
-                f"{lock.short}: flattened without training its held-out loss is "
-                f"{loss(flat)}, as locked {loss(locked)}."
+                f"{lock.short}: flattened without training its held-out loss is {loss(flat)}, as locked {loss(locked)}."
             )
         for pair in lock.pairs:
             if pair.strategy not in UNDOING or pair.locked is None:
@@ -250,14 +241,8 @@ def _capability(locks: Sequence[Lock]) -> Claim:
         if run is None or base is None or locked is None:
             lines.append(f"{lock.short}: no lock run with held-out losses; not decided.")
             continue
-        lines.append(
-            f"{lock.short}: {loss(base)} before, {loss(locked)} locked: {locked - base:+.3f} nats per token."
-        )
-        same = {
-            k: v
-            for k, v in run.settings.items()
-            if k not in ("seed", "out", "name", "command", "tracking_uri")
-        }
+        lines.append(f"{lock.short}: {loss(base)} before, {loss(locked)} locked: {locked - base:+.3f} nats per token.")
+        same = {k: v for k, v in run.settings.items() if k not in ("seed", "out", "name", "command", "tracking_uri")}
         key = json.dumps([same], sort_keys=True, default=str)
         groups.setdefault(key, []).append((str(run.seed), locked - base))
     for points in groups.values():

@@ -192,9 +192,7 @@ def plain_markdown(text: str) -> str:
 def plain(table: Table) -> str:
     """A table as aligned plain text, the groups of columns in a line above."""
     names = [name for _, columns in table.groups for name in columns]
-    lines = [
-        [re.sub(r"[^\x20-\x7e\u00a0-\uffff]", "?", cell) for cell in line] for line in (names, *table.rows)
-    ]
+    lines = [[re.sub(r"[^\x20-\x7e\u00a0-\uffff]", "?", cell) for cell in line] for line in (names, *table.rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     texts = [not group for group, columns in table.groups for _ in columns]
     above, first = [], 0

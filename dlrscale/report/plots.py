@@ -140,9 +140,7 @@ def _loss(lock: Lock, name: str) -> Figure | None:
         for ax in axes[len(shown) :]:
             ax.remove()
         labels = {
-            text: line
-            for ax in axes[: len(shown)]
-            for line, text in zip(*ax.get_legend_handles_labels(), strict=True)
+            text: line for ax in axes[: len(shown)] for line, text in zip(*ax.get_legend_handles_labels(), strict=True)
         }
         canvas.legend(labels.values(), labels.keys(), loc="outside lower left", ncols=min(4, len(labels)))
         canvas.suptitle("Loss against tokens", x=0.01, ha="left", fontsize=11)
@@ -198,9 +196,7 @@ def _bars(
             value, run = both[side], (pair.base, pair.locked)[side]
             oom = peaks and run is not None and run.outcome == "oom"
             if value:
-                ax.barh(
-                    row + shift, value - low, 0.38, left=low, color=colour, hatch=hatch, edgecolor=INK, lw=0.6
-                )
+                ax.barh(row + shift, value - low, 0.38, left=low, color=colour, hatch=hatch, edgecolor=INK, lw=0.6)
             text = ("oom at " if oom else "") + size(value) if value else ("oom" if oom else "no figure")
             ax.text((value or low) * 1.05, row + shift, text, va="center", fontsize=8)
         ax.barh([0], [0], color=colour, hatch=hatch, edgecolor=INK, lw=0.6, label=label)
@@ -274,7 +270,6 @@ def _depth(rows: list[tuple[float, Pair, Lock]], name: str) -> Figure:
         ax.set_title(_short(f"MLP part of the saved bytes against depth ({form}, full)", 70), loc="left")
         ax.legend()
         caption = (
-            "Bytes saved for backward per token by all MLPs or DLR-Nets, against depth; "
-            f"form {form}, plain autograd."
+            f"Bytes saved for backward per token by all MLPs or DLR-Nets, against depth; form {form}, plain autograd."
         )
         return _finish(canvas, name, caption, None)

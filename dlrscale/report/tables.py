@@ -226,9 +226,7 @@ def _memory(lock: Lock) -> Table:
     ]
     note = {
         (ACCELERATOR,): "Peak: bytes allocated on the accelerator, largest over the run's phases.",
-        (
-            HOST,
-        ): "Peak: resident memory of the host process (no accelerator peak on both sides), libraries and "
+        (HOST,): "Peak: resident memory of the host process (no accelerator peak on both sides), libraries and "
         "weights included, so its ratio says less than that of the saved bytes.",
     }.get(tuple(places), "Peak: on the accelerator where both sides have it, else resident host memory.")
     return Table("Memory", groups, rows, note + " A run out of memory (oom) shows the peak that it reached.")
@@ -260,8 +258,7 @@ def _results(lock: Lock) -> Table:
         base, locked = pair.both("loss/heldout_task")
         gap = MISSING if base is None or locked is None else f"{locked - base:+.3f}"
         tokens = [
-            count(run.steps[-1].get("tokens")) if run and run.steps else MISSING
-            for run in (pair.base, pair.locked)
+            count(run.steps[-1].get("tokens")) if run and run.steps else MISSING for run in (pair.base, pair.locked)
         ]
         rows.append(
             [
@@ -330,10 +327,7 @@ def all_runs(runs: Sequence[Run]) -> Table:
         rows.append(
             [
                 str(run.id or MISSING)[:8],
-                *(
-                    text(v)
-                    for v in (run.kind, run.name, run.strategy, run.side, run.outcome, run.seed, run.started)
-                ),
+                *(text(v) for v in (run.kind, run.name, run.strategy, run.side, run.outcome, run.seed, run.started)),
                 run.folder.name or MISSING,
                 reason,
             ]

@@ -229,9 +229,7 @@ class Mirror:
 
     def _search(self, experiment_ids: list[str], order: str = "ASC", **tags: str) -> Any:
         """The first run that carries all the tags, or null."""
-        terms = " and ".join(
-            f"tags.`{TAG}{key}` = '{value}'" for key, value in tags.items() if "'" not in value
-        )
+        terms = " and ".join(f"tags.`{TAG}{key}` = '{value}'" for key, value in tags.items() if "'" not in value)
         found = self.client.search_runs(
             experiment_ids, filter_string=terms, max_results=1, order_by=[f"attributes.start_time {order}"]
         )

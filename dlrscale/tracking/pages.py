@@ -54,9 +54,7 @@ def serve(uri: str, host: str = "127.0.0.1", port: int = 5000) -> None:
         _wait_served(process, address, ended)
         while not ended.wait(0.3):
             if process.poll() is not None:
-                raise JobError(
-                    f"mlflow ui ended by itself with code {process.returncode}; its output is above."
-                )
+                raise JobError(f"mlflow ui ended by itself with code {process.returncode}; its output is above.")
     except KeyboardInterrupt:
         pass
     finally:

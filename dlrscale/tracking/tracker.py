@@ -63,9 +63,7 @@ class Tracker:
             # Taken as text now, so that nothing that the caller changes later is seen from the thread.
             config = json.loads(records.dumps(config, default=str))
             tags = {k if "." in k else TAG + k: str(v) for k, v in tags.items() if v is not None}
-            self._mirror = Mirror(
-                self._uri, experiment, run_name, config, tags, parent_lock_id, system_metrics
-            )
+            self._mirror = Mirror(self._uri, experiment, run_name, config, tags, parent_lock_id, system_metrics)
             self._thread = threading.Thread(target=self._work, name="dlrscale-mlflow", daemon=True)
             self._thread.start()
             self._ready.wait(START_S)

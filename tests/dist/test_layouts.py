@@ -96,9 +96,7 @@ def step_batches() -> list[dict]:
     """The whole global batch of each step, padded, in one piece."""
     from dlrscale import data
 
-    plan = data.Batches(
-        cases_module.tiny_data(), seed=0, micro_batch=4, accumulation=1, rank=0, world_size=1, pad_id=0
-    )
+    plan = data.Batches(cases_module.tiny_data(), seed=0, micro_batch=4, accumulation=1, rank=0, world_size=1, pad_id=0)
     return [plan.step(step).micro_batches[0] for step in range(cases_module.STEPS + cases_module.HEAL_STEPS)]
 
 
@@ -246,5 +244,3 @@ def test_checkpoint_goes_on_bitwise(case: dict, results: dict) -> None:
     assert result["resumed"] == result["whole"]
     assert result["state"] == {"note": "kept"}
     assert result["found"] == [2]
-
-

@@ -51,16 +51,26 @@ def test_full_with_layer_checkpointing_is_ckpt_layer():
     full, stock = catalogue.strategy("full"), catalogue.strategy("ckpt-layer")
     by_hand = full.resolve(Levers(activation_checkpointing="layer"))
     assert catalogue.axes(full, by_hand, {}) == catalogue.axes(stock, stock.resolve(Levers()), {})
-    assert catalogue.axes(full, full.resolve(Levers()), {}) != catalogue.axes(stock, stock.resolve(Levers()), {})
+    assert catalogue.axes(full, full.resolve(Levers()), {}) != catalogue.axes(
+        stock, stock.resolve(Levers()), {}
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "by_hand", "parts"),
     [
-        ("ckpt-layer", {"activation_checkpointing": "none"}, ("--activation-checkpointing none", "ckpt-layer", "layer")),
+        (
+            "ckpt-layer",
+            {"activation_checkpointing": "none"},
+            ("--activation-checkpointing none", "ckpt-layer", "layer"),
+        ),
         ("full-offload", {"offload_optimizer": False}, ("--offload-optimizer False", "full-offload")),
         ("full", {"zero": 2, "offload_param": True}, ("--offload-param needs --zero 3", "--zero 2")),
-        ("lora", {"zero": 0, "offload_optimizer": True}, ("--offload-optimizer needs --zero 1, 2 or 3", "--zero 0")),
+        (
+            "lora",
+            {"zero": 0, "offload_optimizer": True},
+            ("--offload-optimizer needs --zero 1, 2 or 3", "--zero 0"),
+        ),
         ("full-offload", {"zero": 2}, ("--offload-param needs --zero 3",)),
     ],
 )

@@ -10,14 +10,16 @@ from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
 
 PLACES = {"model": "/m", "data": "/d", "out": "/o"}
-HOSTILE = "o u't \"x\" $HOME;{\"a\":1}\n\\ äö\u2028"
+HOSTILE = 'o u\'t "x" $HOME;{"a":1}\n\\ äö\u2028'
 
 
 @pytest.mark.parametrize(
     "config",
     [
         LockConfig(**PLACES, document_separator=HOSTILE, rank=3, layers="0-1", harden=False),
-        AttackConfig(**PLACES, knobs={"rank": 4, "dropout": 0.5}, columns={"prompt": HOSTILE, "completion": "c"}),
+        AttackConfig(
+            **PLACES, knobs={"rank": 4, "dropout": 0.5}, columns={"prompt": HOSTILE, "completion": "c"}
+        ),
         PretrainConfig(data=HOSTILE, out="/o"),
     ],
 )
@@ -144,7 +146,10 @@ def test_ids_follow_settings(place, changes, same_id, same_resume_id):
 def test_both_ids_follow_the_optimizer_of_a_deepspeed_file(place):
     """The stage may change between a run and its continuation, the optimizer may not."""
     config = LockConfig(**place("one"), deepspeed_config="/x.json")
-    plain = {"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.0}}, "zero_optimization": {"stage": 2}}
+    plain = {
+        "optimizer": {"type": "AdamW", "params": {"weight_decay": 0.0}},
+        "zero_optimization": {"stage": 2},
+    }
     stage = plain | {"zero_optimization": {"stage": 3}}
     decay = plain | {"optimizer": {"type": "AdamW", "params": {"weight_decay": 0.1}}}
     clipped = plain | {"gradient_clipping": 0.1}

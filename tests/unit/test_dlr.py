@@ -88,7 +88,9 @@ def test_a_warm_start_with_more_neurons_is_still_the_base_mlp(make_llama, make_g
 
 def test_a_warm_start_is_refused_where_it_is_not_defined(make_llama, make_gpt2):
     for model, form in ((make_llama(), "plain"), (make_llama(), "prenorm"), (make_gpt2(), "gated")):
-        with pytest.raises(SurgeryError, match=rf"--start warm is not defined for the form {form} .*--start cold"):
+        with pytest.raises(
+            SurgeryError, match=rf"--start warm is not defined for the form {form} .*--start cold"
+        ):
             net_of(model, (4, 4), form)
 
 
@@ -259,7 +261,9 @@ def test_output_and_gradient_are_well_scaled_at_the_start(form, start, depth, dt
     assert float(net.b * out.float().norm() / x.float().norm()) == pytest.approx(COUPLING, rel=0.2)
     with torch.no_grad():
         # Every block gets a gradient of the same size: none is cut off at any depth.
-        norms = torch.stack([b.b_proj.weight.grad.float().norm() / b.b_proj.in_features**0.5 for b in net.blocks])
+        norms = torch.stack(
+            [b.b_proj.weight.grad.float().norm() / b.b_proj.in_features**0.5 for b in net.blocks]
+        )
         assert torch.isfinite(norms).all()
         assert norms.max() < 4 * norms.min()
 

@@ -89,7 +89,12 @@ def test_any_two_of_the_three_fix_the_third(ranks):
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     for micro, accumulation in itertools.product((1, 2, 5), (1, 3)):
         whole = dict(zip(keys, (micro * accumulation * ranks, micro, accumulation), strict=True))
-        for left_out in (None, "gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"):
+        for left_out in (
+            None,
+            "gradient_accumulation_steps",
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+        ):
             file = {k: v for k, v in whole.items() if k != left_out}
             assert engine.resolve_batch(file, None, None, ranks) == (micro, accumulation), (file, ranks)
         total = {"train_batch_size": whole["train_batch_size"]}
@@ -103,10 +108,22 @@ def test_any_two_of_the_three_fix_the_third(ranks):
 @pytest.mark.parametrize(
     ("file", "given", "parts"),
     [
-        ({"train_micro_batch_size_per_gpu": 8}, (4, None), ("--micro-batch 4", "train_micro_batch_size_per_gpu 8")),
-        ({"gradient_accumulation_steps": 2}, (None, 3), ("--accumulation 3", "gradient_accumulation_steps 2")),
+        (
+            {"train_micro_batch_size_per_gpu": 8},
+            (4, None),
+            ("--micro-batch 4", "train_micro_batch_size_per_gpu 8"),
+        ),
+        (
+            {"gradient_accumulation_steps": 2},
+            (None, 3),
+            ("--accumulation 3", "gradient_accumulation_steps 2"),
+        ),
         ({"train_batch_size": 7}, (None, None), ("train_batch_size 7", "2 ranks")),
-        ({"train_batch_size": 24}, (4, 2), ("train_batch_size 24", "micro-batch 4", "accumulation 2", "of 3 fits")),
+        (
+            {"train_batch_size": 24},
+            (4, 2),
+            ("train_batch_size 24", "micro-batch 4", "accumulation 2", "of 3 fits"),
+        ),
         ({"train_batch_size": 2}, (4, None), ("train_batch_size 2",)),
         ({"train_batch_size": "auto"}, (None, None), ("train_batch_size", "'auto'", "leave it out")),
         ({"train_micro_batch_size_per_gpu": 0}, (None, None), ("train_micro_batch_size_per_gpu", "0")),
@@ -168,7 +185,11 @@ def test_merge_of_a_users_file(tmp_path):
     file.write_text(json.dumps(own))
     merged = engine.merge(RunConfig(**PLACES, deepspeed_config=str(file), zero=1, micro_batch=2, lr=0.1))
     assert merged["zero_optimization"] == own["zero_optimization"]
-    assert (merged["gradient_clipping"], merged["wall_clock_breakdown"], merged["steps_per_print"]) == (0.25, True, 5)
+    assert (merged["gradient_clipping"], merged["wall_clock_breakdown"], merged["steps_per_print"]) == (
+        0.25,
+        True,
+        5,
+    )
     assert merged["optimizer"]["params"]["weight_decay"] == 0.3
     assert merged["optimizer"]["params"]["lr"] == 0.1
     assert (merged["train_batch_size"], merged["train_micro_batch_size_per_gpu"]) == (2, 2)
@@ -197,7 +218,7 @@ def checkpoint(folder, step, world_size=2, stage=1, files=("a.pt", "sub/b.pt")):
     for name in files:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(b"x" * step)
-    whole = {"step": step, "world_size": world_size, "stage": stage, "files": {name: step for name in files}}
+    whole = {"step": step, "world_size": world_size, "stage": stage, "files": dict.fromkeys(files, step)}
     (place / "whole.json").write_text(json.dumps(whole))
     return place
 
@@ -229,4 +250,6 @@ def test_check_layout(tmp_path):
         with pytest.raises(ConfigError) as error:
             engine.check_layout(tmp_path, *layout)
         text = str(error.value)
-        assert all(part in text for part in ("step10", "2 ranks at ZeRO stage 3", "--num-ranks 2 --zero 3", "--out"))
+        assert all(
+            part in text for part in ("step10", "2 ranks at ZeRO stage 3", "--num-ranks 2 --zero 3", "--out")
+        )

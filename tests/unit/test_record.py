@@ -54,7 +54,11 @@ def test_write_atomic_obeys_the_umask(tmp_path):
 
 
 def test_lines_come_back(tmp_path):
-    rows = [{"step": 1, "loss": 0.1}, {"step": 2, "name": 'ö "x" \n \t'}, {"step": 3, "error": "a\u2028b\x85c\x0cd"}]
+    rows = [
+        {"step": 1, "loss": 0.1},
+        {"step": 2, "name": 'ö "x" \n \t'},
+        {"step": 3, "error": "a\u2028b\x85c\x0cd"},
+    ]
     for row in rows:
         record.append_line(tmp_path / "new" / "r.jsonl", row)
     assert list(record.read_lines(tmp_path / "new" / "r.jsonl")) == rows
@@ -98,7 +102,15 @@ def test_find_records_refuses(tmp_path):
 
 
 def settings(**changes):
-    base = {"model": "digest", "lr": 0.1, "steps": 10, "zero": 2, "num_ranks": 1, "micro_batch": 4, "accumulation": 1}
+    base = {
+        "model": "digest",
+        "lr": 0.1,
+        "steps": 10,
+        "zero": 2,
+        "num_ranks": 1,
+        "micro_batch": 4,
+        "accumulation": 1,
+    }
     base |= {"offload_optimizer": False, "tracking_uri": "x", "out": "/a", "name": "n", "global_batch": 4}
     return base | changes
 
@@ -147,7 +159,9 @@ def test_digest_file_without_a_cache(tmp_path, monkeypatch):
 def test_digest_folder_counts_names_and_bytes_not_paths(tmp_path):
     def folder(name, **files):
         (tmp_path / name).mkdir()
-        for file, text in ({"config.json": "{}", "model.safetensors": "w", "tokenizer.json": "t"} | files).items():
+        for file, text in (
+            {"config.json": "{}", "model.safetensors": "w", "tokenizer.json": "t"} | files
+        ).items():
             (tmp_path / name / file).write_text(text)
         return record.digest_folder(tmp_path / name)
 
@@ -177,7 +191,9 @@ def test_git_state_is_this_checkout():
     import subprocess
 
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no git checkout")
     state = record.git_state()

@@ -13,7 +13,14 @@ LLAMA = {
     "model_type": "llama", "num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 20, "vocab_size": 100,
     "hidden_act": "silu", "max_position_embeddings": 77,
 }  # fmt: skip
-GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "vocab_size": 100, "n_positions": 55, "resid_pdrop": 0.2}
+GPT2 = {
+    "model_type": "gpt2",
+    "n_layer": 2,
+    "n_embd": 8,
+    "vocab_size": 100,
+    "n_positions": 55,
+    "resid_pdrop": 0.2,
+}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,13 @@ def test_read_config_refuses(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "chosen"),
-    [(None, range(16)), ("2-10,15", [*range(2, 11), 15]), ("3", [3]), ("5,1,1-2", [1, 2, 5]), (" 0 , 2-3 ", [0, 2, 3])],
+    [
+        (None, range(16)),
+        ("2-10,15", [*range(2, 11), 15]),
+        ("3", [3]),
+        ("5,1,1-2", [1, 2, 5]),
+        (" 0 , 2-3 ", [0, 2, 3]),
+    ],
 )
 def test_parse_layers(text, chosen):
     assert shapes.parse_layers(text, 16) == tuple(chosen)

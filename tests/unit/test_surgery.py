@@ -151,12 +151,16 @@ def test_a_missing_mlp_names_the_module(make_llama, lock_config):
 def test_an_mlp_of_another_kind_names_the_module_and_what_is_missing(make_llama, lock_config):
     model = make_llama()
     model.model.layers[1].mlp = nn.Sequential(nn.Linear(32, 32))
-    with pytest.raises(SurgeryError, match=r"model\.layers\.1\.mlp \(Sequential\) has no gate_proj, up_proj, down_proj"):
+    with pytest.raises(
+        SurgeryError, match=r"model\.layers\.1\.mlp \(Sequential\) has no gate_proj, up_proj, down_proj"
+    ):
         install(model, lock_config)
 
 
 def test_a_layer_that_does_not_exist(make_llama, lock_config):
-    with pytest.raises(ConfigError, match=r"--layers '1-4': the model has layers 0 to 1; not there: \[2, 3, 4\]"):
+    with pytest.raises(
+        ConfigError, match=r"--layers '1-4': the model has layers 0 to 1; not there: \[2, 3, 4\]"
+    ):
         install(make_llama(), lock_config, layers="1-4")
 
 

@@ -1,0 +1,303 @@
+"""The commands end to end on real DeepSpeed ranks, on a tiny model: lock, resume, attack, direct launch, outcomes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dlrscale import launcher, record
+
+pytestmark = pytest.mark.dist
+
+ROOT = Path(__file__).resolve().parents[2]
+LOCK = ["--depth", "4", "--num-ranks", "2", "--seq-len", "32", "--micro-batch", "2", "--steps", "6", "--heal-steps", "3",
+        "--checkpoint-every", "2", "--heldout-limit", "4"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_folder) -> Path:
+    """A folder with a tiny base model, text and prompt/completion records."""
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "base").symlink_to(tiny_folder)
+    words = "the cat sat on a mat and saw two dogs run far away from home".split()
+    text = "\n".join(" ".join(words[(i * 7 + j * 3) % len(words)] for j in range(40)) for i in range(60))
+    (folder / "text.txt").write_text(text)
+    rows = [{"prompt": " ".join(words[i % 9 : i % 9 + 3]) + " ", "completion": words[i % 13]} for i in range(40)]
+    (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def env() -> dict[str, str]:
+    """The environment of a command: the CPU."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"DS_ACCELERATOR": "cpu"}
+
+
+def dlrscale(place: Path, *options: str, **kwargs) -> subprocess.CompletedProcess:
+    """Run the command in the folder."""
+    line = [sys.executable, "-c", "from dlrscale.cli import main; main()", *options]
+    return subprocess.run(line, cwd=place, env=env(), capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def rows(folder: Path) -> list[dict]:
+    """The step rows of a run without its times."""
+    found = record.read_lines(folder / record.STEPS_FILE)
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "throughput/"))} for row in found]
+
+
+def last(folder: Path) -> dict:
+    """The newest record of a run."""
+    return list(record.read_lines(folder / record.RECORDS_FILE))[-1]
+
+
+@pytest.fixture(scope="module")
+def locked(place: Path) -> Path:
+    """A lock that ran without interruption, with MLflow on."""
+    done = dlrscale(place, "lock", "--model", "base", "--data", "text.txt", *LOCK, "--zero", "2", "--out", "whole")
+    assert done.returncode == 0, done.stderr
+    tail = done.stdout.strip().splitlines()
+    assert str(place / "whole" / "model") in tail[1]
+    assert all(word in tail[2] for word in ("base", "locked", "flattened"))
+    assert tail[3].startswith("error by layer: 0: ")
+    return place / "whole"
+
+
+def test_lock_record(locked: Path) -> None:
+    """The record is strict JSON with every key, an outcome, and both held-out losses."""
+    text = (locked / record.RECORDS_FILE).read_text()
+    entry = json.loads(text, parse_constant=lambda word: pytest.fail(word))
+    assert tuple(entry) == record.RECORD_KEYS
+    assert entry["outcome"] == "ok"
+    assert entry["plan"] is None
+    assert entry["config"]["global_batch"] == 4
+    assert {"loss/heldout_base_model", "loss/heldout_locked", "loss/heldout_flat"} <= set(entry["metrics"])
+    manifest = json.loads((locked / "model" / "lock.json").read_text())
+    assert manifest["lock_id"] == entry["id"]
+    assert str(locked.parent) not in (locked / "model" / "lock.json").read_text()
+    assert str(locked.parent) not in (locked / "model" / "config.json").read_text()
+
+
+def test_exported_losses_are_the_engine_s(locked: Path, place: Path) -> None:
+    """The exported folder gives the held-out loss that the lock said, and its flattening the flat one."""
+    from dlrscale import data, export, models
+    from dlrscale.evaluate import heldout_loss
+
+    entry = last(locked)
+    tokenizer = models.load_tokenizer(locked / "model")
+    _, heldout = data.split_heldout(data.load(str(place / "text.txt"), tokenizer, seq_len=32))
+    heldout = heldout.subset(slice(4))
+    model = models.load_model(locked / "model")
+    for name, candidate in (("locked", model), ("flat", export.flattened_model(model))):
+        found = heldout_loss(
+            lambda ids, mask, m=candidate: m(ids, attention_mask=mask).logits,
+            heldout, batch=2, rank=0, world_size=1, pad_id=0, device="cpu",
+        )  # fmt: skip
+        assert found["loss"] == pytest.approx(entry["metrics"][f"loss/heldout_{name}"], rel=1e-5)
+
+
+def test_killed_lock_goes_on_to_the_same_losses(locked: Path, place: Path) -> None:
+    """SIGKILL of all processes in the middle, then the same command: same rows as the uninterrupted run."""
+    options = ["lock", "--model", "base", "--data", "text.txt", *LOCK, "--zero", "2", "--out", "killed",
+               "--tracking-uri", "none"]  # fmt: skip
+    line = [sys.executable, "-c", "from dlrscale.cli import main; main()", *options]
+    process = subprocess.Popen(line, cwd=place, env=env(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    steps = place / "killed" / record.STEPS_FILE
+    deadline = time.monotonic() + 120
+    while not (steps.exists() and len(steps.read_bytes().splitlines()) >= 5):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    mine = [p for p in _children(process.pid)]
+    for pid in [process.pid, *mine]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+    assert not (place / "killed" / "model").exists()
+    done = dlrscale(place, *options)
+    assert done.returncode == 0, done.stderr
+    assert rows(place / "killed") == rows(locked)
+
+
+def _children(pid: int) -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def test_interrupted_command_leaves_no_rank(place: Path) -> None:
+    """SIGTERM to the command ends every rank."""
+    import psutil
+
+    options = ["lock", "--model", "base", "--data", "text.txt", *LOCK, "--steps", "5000", "--out", "stopped",
+               "--tracking-uri", "none", "--checkpoint-every", "0"]  # fmt: skip
+    line = [sys.executable, "-c", "from dlrscale.cli import main; main()", *options]
+    process = subprocess.Popen(line, cwd=place, env=env(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    steps = place / "stopped" / record.STEPS_FILE
+    deadline = time.monotonic() + 120
+    while not (steps.exists() and steps.stat().st_size):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = [psutil.Process(pid) for pid in _children(process.pid)]
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+
+
+def test_same_command_again_is_done_and_another_is_refused(locked: Path, place: Path) -> None:
+    """A finished run is not run again; other settings do not write into its folder."""
+    options = ["lock", "--model", "base", "--data", "text.txt", *LOCK, "--zero", "2", "--out", "whole"]
+    before = (locked / record.RECORDS_FILE).read_bytes()
+    again = dlrscale(place, *options)
+    assert again.returncode == 0
+    assert "was done before" in again.stderr
+    other = dlrscale(place, *options, "--lr", "1e-4")
+    assert other.returncode == 2
+    assert "belongs to another run" in other.stderr
+    assert (locked / record.RECORDS_FILE).read_bytes() == before
+
+
+def test_direct_launch_is_the_same_job(locked: Path, place: Path) -> None:
+    """`deepspeed launch/lock.py` with a file of ds_configs/ gives the rows of `dlrscale lock --zero 2`."""
+    line = [
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_addr", "127.0.0.1",
+        "--master_port", str(launcher.free_port()), str(ROOT / "launch" / "lock.py"), "--model", "base",
+        "--data", "text.txt", *LOCK, "--deepspeed_config", str(ROOT / "ds_configs" / "zero2.json"), "--out", "direct",
+        "--tracking-uri", "none",
+    ]  # fmt: skip
+    done = subprocess.run(
+        line, cwd=place, env=launcher.environment(2) | env(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "held-out loss in nats per token" in done.stdout
+    assert rows(place / "direct") == rows(locked)
+    assert last(place / "direct")["id"] == last(locked)["id"]
+
+
+def test_direct_launch_refuses_with_one_voice(place: Path) -> None:
+    """Every rank checks first, rank 0 alone speaks, all end with 2."""
+    line = [
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_addr", "127.0.0.1",
+        "--master_port", str(launcher.free_port()), str(ROOT / "launch" / "lock.py"), "--model", "bsae",
+        "--data", "text.txt", "--out", "refused",
+    ]  # fmt: skip
+    done = subprocess.run(
+        line, cwd=place, env=launcher.environment(2) | env(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("Error: No such model folder") == 1
+    assert "near: base" in done.stdout + done.stderr
+    assert not (place / "refused").exists()
+
+
+STRATEGIES = ["full", "full-offload", "ckpt-layer", "lora", "lora-attn", "flatten"]
+
+
+@pytest.fixture(scope="module")
+def attacked(locked: Path, place: Path) -> dict[str, tuple[dict, dict]]:
+    """Each strategy on base and locked: (base record, locked record)."""
+    found = {}
+    for strategy in STRATEGIES:
+        done = dlrscale(
+            place, "attack", "--model", "whole/model", "--base", "base", "--strategy", strategy, "--data", "task.jsonl",
+            "--heldout-base", "text.txt", "--heldout-limit", "4", "--seq-len", "32", "--micro-batch", "4",
+            "--num-ranks", "2" if strategy in ("full-offload", "lora") else "1", "--steps", "8", "--lr", "1e-2",
+            "--warmup-steps", "1", "--out", strategy,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "Lock" in done.stdout
+        found[strategy] = (last(place / strategy / "base"), last(place / strategy / "locked"))
+    return found
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_attack_learns_the_task(strategy: str, attacked: dict) -> None:
+    """Each strategy lowers the held-out loss of the task on both sides, and its record is whole."""
+    for side, entry in zip(("base", "locked"), attacked[strategy], strict=True):
+        metrics = entry["metrics"]
+        assert entry["side"] == side
+        assert entry["outcome"] == "ok"
+        assert metrics["loss/heldout_task"] < metrics["loss/heldout_task_start"]
+        assert {"loss/heldout_base", "loss/heldout_base_start", "time/step_s", "memory/host_peak_rss_bytes"} <= set(
+            metrics
+        )
+        assert metrics["memory/saved_bytes_per_token"] > 0
+
+
+def test_saved_bytes_by_strategy(attacked: dict) -> None:
+    """Plain autograd saves the formula's bytes in the MLP part; checkpointing keeps none of them."""
+    for entry in attacked["full"]:
+        metrics = entry["metrics"]
+        assert metrics["memory/saved_mlp_bytes_per_token"] == metrics["memory/saved_mlp_bytes_per_token_formula"]
+    for strategy in ("ckpt-layer", "lora", "lora-attn", "flatten"):
+        for entry in attacked[strategy]:
+            assert entry["metrics"]["memory/saved_mlp_bytes_per_token"] == 0
+    base, flat = attacked["flatten"]
+    assert flat["metrics"]["memory/saved_bytes_per_token"] == base["metrics"]["memory/saved_bytes_per_token"]
+
+
+def test_flatten_exports_the_base_s_architecture(attacked: dict, place: Path) -> None:
+    """The flattened model is an ordinary Llama of the base's own sizes."""
+    config = json.loads((place / "flatten" / "locked" / "transformed" / "config.json").read_text())
+    base = json.loads((place / "base" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["intermediate_size"] == base["intermediate_size"]
+    assert "auto_map" not in config
+    assert attacked["flatten"][1]["metrics"]["params/total"] == attacked["flatten"][0]["metrics"]["params/total"]
+
+
+def test_trainable_sets(attacked: dict) -> None:
+    """LoRA trains rank * (in + out) per linear map; the attention alone with lora-attn."""
+    base = attacked["lora-attn"][0]["metrics"]["params/trainable"]
+    assert attacked["lora-attn"][1]["metrics"]["params/trainable"] == base
+    assert attacked["lora"][1]["metrics"]["params/trainable"] > base
+    for entry in attacked["full"]:
+        assert entry["metrics"]["params/trainable"] == entry["metrics"]["params/total"]
+
+
+def test_mlflow_holds_the_runs(attacked: dict, locked: Path, place: Path) -> None:
+    """Attacks are children of their lock's run, with a point for every step."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{place}/results/mlflow.db")
+    experiment = client.get_experiment_by_name("dlrscale")
+    runs = client.search_runs([experiment.experiment_id], max_results=100)
+    parent = next(r for r in runs if r.data.tags.get("dlrscale.kind") == "lock")
+    assert parent.data.tags["dlrscale.lock_id"] == last(locked)["id"]
+    children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == 2 * len(STRATEGIES)
+    assert all(r.info.status == "FINISHED" for r in runs)
+    assert len(client.get_metric_history(children[0].info.run_id, "loss/train")) >= 8
+
+
+def test_report_of_everything(attacked: dict, place: Path) -> None:
+    """The report is made from the records of all runs."""
+    done = dlrscale(place, "report", ".", "--out", "report")
+    assert done.returncode == 0, done.stderr
+    page = (place / "report" / "report.html").read_text()
+    assert all(strategy in page for strategy in STRATEGIES)
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_divergence_is_an_outcome(locked: Path, place: Path) -> None:
+    """A loss that is not finite ends the run as `diverged`, with exit code 0 and strict JSON."""
+    done = dlrscale(
+        place, "attack", "--model", "whole/model", "--strategy", "full", "--data", "task.jsonl", "--seq-len", "32",
+        "--micro-batch", "2", "--steps", "30", "--lr", "1e30", "--warmup-steps", "0", "--heldout-limit", "2",
+        "--out", "diverged", "--tracking-uri", "none",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    text = (place / "diverged" / record.RECORDS_FILE).read_text()
+    entry = json.loads(text, parse_constant=lambda word: pytest.fail(word))
+    assert entry["outcome"] == "diverged"
+    assert "loss is" in entry["error"]

@@ -1,0 +1,505 @@
+"""The command: help at once, dry runs that write nothing, and bad input in one message with exit code 2."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dlrscale import catalogue, cli, launcher
+from dlrscale import config as configuration
+from dlrscale.cli.run import parse_columns
+from dlrscale.errors import ConfigError
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to stand in, with a text to train on; no rank's environment, the CPU, and no rank starts."""
+
+    def start(*args):
+        raise AssertionError("a rank would have started")
+
+    monkeypatch.setattr(launcher, "run", start)
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    data = tmp_path / "data.txt"
+    data.write_text("Once upon a time there was a small fox.\n" * 200)
+    return work, data
+
+
+@pytest.fixture
+def call(place, capsys):
+    """Run a command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(a) for a in args])
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def locked_folder(llama_folder, make_locked):
+    return make_locked(llama_folder, "locked-llama")
+
+
+@pytest.fixture(scope="module")
+def gpt2_gated_folder(gpt2_folder, make_locked):
+    return make_locked(gpt2_folder, "locked-gpt2", form="gated")
+
+
+def written(work):
+    return sorted(str(p.relative_to(work)) for p in work.rglob("*"))
+
+
+# --- Help and lists ---------------------------------------------------------------------------------------------
+
+
+def test_help_is_fast_and_loads_no_torch():
+    code = (
+        "import sys\nfrom dlrscale.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'mlflow', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert "Usage: dlrscale" in done.stdout
+    assert min(times) < 0.5, times
+
+
+@pytest.mark.parametrize("command", ["lock", "attack", "strategies", "report", "ui", "pretrain", "demo"])
+def test_every_command_has_help_with_an_example(call, command):
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    assert f"dlrscale {command}" in out.split("Options:")[0].split("\n", 1)[1]
+
+
+def test_version(call):
+    from dlrscale import __version__
+
+    assert call("--version")[:2] == (0, f"dlrscale, version {__version__}\n")
+
+
+def test_strategies_list(call):
+    code, out, _ = call("strategies")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(catalogue.STRATEGIES)
+
+
+def test_strategies_show(call):
+    code, out, _ = call("strategies", "lora")
+    assert code == 0
+    for part in (
+        "lora\n",
+        "rank=8",
+        "alpha=16",
+        "zero 2",
+        "activation-checkpointing layer",
+        "2106.09685",
+        "exact",
+    ):
+        assert part in out
+
+
+def test_an_unknown_strategy_names_a_near_one(call):
+    code, out, err = call("strategies", "lora-atn")
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: --strategy lora-atn: unknown. Did you mean lora-attn?")
+    assert err.count("\n") == 1
+
+
+# --- Dry runs ---------------------------------------------------------------------------------------------------
+
+
+def split_dry_run(out):
+    """The merged DeepSpeed configuration and the argv of a dry run."""
+    merged, end = json.JSONDecoder().raw_decode(out)
+    lines = out[end:].strip().splitlines()
+    assert len(lines) == 1
+    return merged, shlex.split(lines[0])
+
+
+def test_lock_dry_run(call, place, llama_folder):
+    work, data = place
+    code, out, err = call(
+        "lock", "--model", llama_folder, "--data", data, "--seq-len", 32, "--depth", 4, "--zero", 3,
+        "--offload-optimizer", "--num-ranks", 2, "--accumulation", 2, "--document-separator", "<|o u't|>", "--dry-run",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    merged, line = split_dry_run(out)
+    assert merged["zero_optimization"]["stage"] == 3
+    assert merged["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert (merged["train_batch_size"], merged["train_micro_batch_size_per_gpu"]) == (16, 4)
+    assert "auto" not in out.split("}\n")[0]
+    config = configuration.from_json(line[-1])
+    assert (config.form, config.start, config.depth, config.zero) == ("gated", "warm", 4, 3)
+    assert (config.document_separator, config.dtype, config.num_ranks) == ("<|o u't|>", "fp32", 2)
+    assert config.model == str(llama_folder)
+    assert os.path.isabs(config.data)
+    resume_id = configuration.run_ids(config, merged)[1]
+    assert config.out == str(work / "results" / f"lock-{resume_id[:8]}")
+    assert written(work) == []
+
+
+def test_lock_defaults_follow_the_family(call, place, gpt2_folder):
+    _, data = place
+    _, out, _ = call(
+        "lock", "--model", gpt2_folder, "--data", data, "--seq-len", 32, "--depth", 4, "--dry-run"
+    )
+    config = configuration.from_json(split_dry_run(out)[1][-1])
+    assert (config.form, config.start, config.coupling, config.harden, config.zero) == (
+        "plain",
+        "warm",
+        0.25,
+        True,
+        2,
+    )
+    arguments = ("lock", "--model", gpt2_folder, "--data", data, "--seq-len", 32, "--depth", 4)
+    _, out, _ = call(*arguments, "--form", "gated", "--dry-run")
+    config = configuration.from_json(split_dry_run(out)[1][-1])
+    assert (config.form, config.start) == ("gated", "cold")
+
+
+def test_the_same_job_elsewhere_has_the_same_name(call, place, llama_folder, tmp_path):
+    """The folder's eight digits follow the bytes of model and data, not their paths; nor the ZeRO stage."""
+    import shutil
+
+    work, data = place
+    shutil.copytree(llama_folder, tmp_path / "copy")
+    shutil.copy(data, tmp_path / "copy.txt")
+    names = []
+    for model, text, extra in (
+        (llama_folder, data, ()),
+        (tmp_path / "copy", tmp_path / "copy.txt", ("--zero", 3)),
+        (llama_folder, data, ("--seed", 1)),
+    ):
+        _, out, _ = call(
+            "lock", "--model", model, "--data", text, "--seq-len", 32, "--depth", 4, "--dry-run", *extra
+        )
+        names.append(Path(configuration.from_json(split_dry_run(out)[1][-1]).out).name)
+    assert names[0] == names[1] != names[2]
+
+
+def test_lock_with_a_deepspeed_file(call, place, llama_folder, tmp_path):
+    _, data = place
+    own = {
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+        "train_batch_size": 6,
+        "gradient_clipping": 0.1,
+    }
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    code, out, _ = call(
+        "lock", "--model", llama_folder, "--data", data, "--seq-len", 32, "--depth", 4, "--accumulation", 3,
+        "--deepspeed_config", tmp_path / "own.json", "--dry-run",
+    )  # fmt: skip
+    assert code == 0
+    merged, line = split_dry_run(out)
+    config = configuration.from_json(line[-1])
+    assert (config.zero, config.dtype, config.micro_batch, config.accumulation) == (1, "bf16", 2, 3)
+    assert merged["gradient_clipping"] == 0.1
+    assert merged["train_batch_size"] == 6
+
+
+def test_attack_dry_run_shows_both_sides(call, place, llama_folder, locked_folder):
+    work, data = place
+    code, out, _ = call(
+        "attack", "--model", locked_folder, "--base", llama_folder, "--strategy", "lora", "--set", "rank=4",
+        "--data", data, "--seq-len", 32, "--zero", 3, "--out", "here", "--dry-run",
+    )  # fmt: skip
+    assert code == 0
+    lines = [shlex.split(line) for line in out.splitlines() if "jobs.py" in line]
+    base, locked = (configuration.from_json(line[-1]) for line in lines)
+    assert (base.model, locked.model) == (str(llama_folder), str(locked_folder))
+    assert (base.name, locked.name) == ("lora-base", "lora-locked")
+    assert (base.out, locked.out) == (str(work / "here" / "base"), str(work / "here" / "locked"))
+    for config in (base, locked):
+        assert config.knobs == {"rank": 4, "alpha": 16, "dropout": 0.0}
+        assert (config.zero, config.activation_checkpointing) == (3, "layer")
+        assert config.lock_id == "0" * 64
+    assert written(work) == []
+
+
+def test_pretrain_dry_run(call, place):
+    work, data = place
+    code, out, _ = call("pretrain", "--data", data, "--seq-len", 32, "--width", 16, "--dry-run")
+    assert code == 0
+    assert configuration.from_json(split_dry_run(out)[1][-1]).width == 16
+    assert written(work) == []
+
+
+# --- Refusals ---------------------------------------------------------------------------------------------------
+
+
+def refuse(call, work, args, *parts):
+    """Exit code 2, one message with all parts, no traceback, nothing written."""
+    code, out, err = call(*args)
+    assert code == 2, (code, out, err)
+    for part in parts:
+        assert str(part) in err, (part, err)
+    assert err.count("Error") == 1, err
+    assert "Traceback" not in err
+    assert out == ""
+    assert written(work) == []
+    return err
+
+
+def lock_line(place, model, *extra):
+    return ("lock", "--model", model, "--data", place[1], "--seq-len", 32, "--depth", 4, *extra)
+
+
+def attack_line(place, model, *extra):
+    return ("attack", "--model", model, "--data", place[1], "--seq-len", 32, *extra)
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_missing_model_names_a_near_one(call, place, llama_folder, dry):
+    wrong = llama_folder.with_name("lama-tiny")
+    refuse(call, place[0], lock_line(place, wrong, *dry), "No such model folder", wrong, "near: llama-tiny")
+    refuse(
+        call,
+        place[0],
+        attack_line(place, wrong, "--strategy", "full", *dry),
+        "No such model folder",
+        "llama-tiny",
+    )
+
+
+def test_a_locked_model_cannot_be_locked(call, place, locked_folder):
+    refuse(call, place[0], lock_line(place, locked_folder), f"--model {locked_folder} is locked already")
+
+
+def test_an_unknown_family(call, place, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "mamba"}')
+    refuse(call, place[0], lock_line(place, tmp_path / "m"), "'mamba'", "llama, gpt2")
+    refuse(call, place[0], attack_line(place, tmp_path / "m", "--strategy", "full"), "'mamba'")
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        (("--zero", 2, "--offload-param"), ("--offload-param needs --zero 3", "--zero 2")),
+        (("--zero", 0, "--offload-optimizer"), ("--offload-optimizer needs --zero 1, 2 or 3",)),
+        (("--zero", 4), ("--zero", "4")),
+        (("--start", "warm", "--form", "prenorm"), ("--start warm", "--form prenorm", "--start cold")),
+        (("--start", "warm", "--form", "plain"), ("--start warm", "--form plain", "gated")),
+        (("--form", "wide"), ("--form", "'wide'", "gated")),
+        (("--seq-len", 65), ("--seq-len 65", "at most 64")),
+        (("--seq-len", 1), ("--seq-len 1", "at least 2")),
+        (("--depth", 49), ("--depth 49", "1 to 48")),
+        (("--depth", 0, "--rank", 4), ("--depth 0",)),
+        (("--rank", 0), ("--rank 0",)),
+        (("--layers", "0-5"), ("--layers '0-5'", "0 to 1")),
+        (("--layers", "all"), ("--layers 'all'",)),
+        (("--lr", "nan"), ("--lr nan",)),
+        (("--coupling", "-1"), ("--coupling -1",)),
+        (("--micro-batch", 0), ("--micro-batch 0",)),
+        (("--accumulation", 0), ("--accumulation 0",)),
+        (("--micro-batch", 100_000), ("one global batch of 100000",)),
+        (("--dtype", "fp16"), ("--dtype fp16",)),
+        (("--columns", "prompt"), ("--columns prompt", "prompt=KEY,completion=KEY")),
+        (("--columns", "prompt=a"), ("--columns prompt=a",)),
+        (("--heldout", "missing.txt"), ("missing.txt",)),
+        (("--deepspeed_config", "missing.json"), ("--deepspeed_config", "missing.json", "no such file")),
+        (("--tracking-uri", "file:./mlruns"), ("--tracking-uri file:./mlruns",)),
+        (("--depht", 3), ("--depht",)),
+        (("--steps", "many"), ("--steps", "'many'")),
+    ],
+)
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry"])
+def test_lock_refuses(call, place, llama_folder, extra, parts, dry):
+    refuse(call, place[0], lock_line(place, llama_folder, *extra, *dry), *parts)
+
+
+def test_lock_tells_all_faults_at_once(call, place, llama_folder):
+    err = refuse(
+        call, place[0], lock_line(place, llama_folder, "--steps", 0, "--coupling", -1, "--heal-steps", -2),
+        "--steps 0", "--coupling -1", "--heal-steps -2",
+    )  # fmt: skip
+    assert len(err.strip().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("own", "extra", "parts"),
+    [
+        ({"zero_optimization": {"stage": 1}}, ("--zero", 2), ("--zero 2", "zero_optimization.stage 1")),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            ("--no-offload-param",),
+            ("offload-param", "offload_param True", "own.json"),
+        ),
+        (
+            {"zero_optimization": {"stage": 2}},
+            ("--offload-optimizer",),
+            ("--offload-optimizer", "offload_optimizer False", "own.json"),
+        ),
+        ({"train_micro_batch_size_per_gpu": 8}, ("--micro-batch", 2), ("--micro-batch 2", "per_gpu 8")),
+        (
+            {"gradient_accumulation_steps": 8},
+            ("--accumulation", 2),
+            ("--accumulation 2", "accumulation_steps 8"),
+        ),
+        ({"train_batch_size": 7}, ("--micro-batch", 2), ("train_batch_size 7", "micro-batch 2")),
+        ({"bf16": {"enabled": True}}, ("--dtype", "fp32"), ("--dtype fp32", "bf16.enabled")),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, (), ("bf16.enabled", "fp16.enabled")),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts(call, place, llama_folder, tmp_path, own, extra, parts):
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(own))
+    refuse(call, place[0], lock_line(place, llama_folder, "--deepspeed_config", file, *extra), *parts)
+
+
+def test_a_deepspeed_file_that_says_the_same_is_no_contradiction(call, place, llama_folder, tmp_path):
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 2}))
+    extra = ("--deepspeed_config", file, "--zero", 1, "--micro-batch", 2, "--no-offload-param", "--dry-run")
+    assert call(*lock_line(place, llama_folder, *extra))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        (("--strategy", "ckpt-layr"), ("--strategy ckpt-layr", "Did you mean ckpt-layer?")),
+        (
+            ("--strategy", "ckpt-layer", "--activation-checkpointing", "none"),
+            ("--activation-checkpointing none", "ckpt-layer"),
+        ),
+        (
+            ("--strategy", "full-offload", "--no-offload-optimizer"),
+            ("offload-optimizer False", "full-offload"),
+        ),
+        (("--strategy", "full", "--zero", 2, "--offload-param"), ("--offload-param needs --zero 3",)),
+        (("--strategy", "lora", "--set", "rnk=4"), ("--set rnk", "rank, alpha, dropout")),
+        (("--strategy", "lora", "--set", "rank=few"), ("--set rank=few",)),
+        (("--strategy", "lora", "--set", "rank"), ("--set rank",)),
+        (("--strategy", "full", "--seq-len", 65), ("--seq-len 65", "at most 64")),
+        (("--strategy", "full", "--columns", "a=b"), ("--columns a=b",)),
+        (("--strategy", "full", "--heldout-base", "missing.txt"), ("missing.txt",)),
+        (("--strategy", "full", "--data", "missing.txt"), ("missing.txt",)),
+        ((), ("--strategy",)),
+    ],
+)
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry"])
+def test_attack_refuses(call, place, llama_folder, extra, parts, dry):
+    refuse(call, place[0], attack_line(place, llama_folder, *extra, *dry), *parts)
+
+
+def test_attack_checks_base_and_model(call, place, llama_folder, locked_folder):
+    line = attack_line(place, llama_folder, "--strategy", "full", "--base", llama_folder)
+    refuse(call, place[0], line, "--base is for a locked --model", "no lock.json")
+    line = attack_line(place, locked_folder, "--strategy", "full", "--base", locked_folder)
+    refuse(call, place[0], line, f"--base {locked_folder} is a locked model itself")
+
+
+def test_flattening_what_is_no_mlp_is_refused_before_anything_starts(call, place, gpt2_gated_folder):
+    line = attack_line(place, gpt2_gated_folder, "--strategy", "flatten")
+    refuse(call, place[0], line, "--strategy flatten", "gated", "gpt2", "undistil")
+
+
+def test_a_folder_of_another_run_is_refused(call, place, llama_folder, tmp_path):
+    out = tmp_path / "taken"
+    configuration.claim_folder(out, "f" * 64)
+    refuse(call, place[0], lock_line(place, llama_folder, "--out", out), out, "another run", "ffffffff")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "x.tex").write_text("x")
+    refuse(
+        call,
+        place[0],
+        lock_line(place, llama_folder, "--out", tmp_path / "thesis"),
+        "thesis",
+        "no folder of a run",
+    )
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["x.tex"]
+
+
+def test_weights_that_do_not_load_are_refused(call, place, llama_folder, tmp_path):
+    """The folder's faults are told before a rank starts, not by a rank."""
+    import shutil
+
+    shutil.copytree(llama_folder, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    refuse(call, place[0], lock_line(place, tmp_path / "m"), tmp_path / "m")
+
+
+def test_debug_shows_the_traceback(call, place, llama_folder):
+    code, _, err = call("--debug", *lock_line(place, llama_folder, "--depth", 49))
+    assert code == 2
+    assert "Traceback" in err
+    assert err.strip().splitlines()[-1].startswith("Error: --depth 49")
+
+
+def test_only_rank_zero_speaks(call, place, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert call("strategies", "x") == (2, "", "")
+    assert call("lock") == (2, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert "unknown" in call("strategies", "x")[2]
+
+
+def test_report_refuses_a_folder_without_records(call, place):
+    refuse(call, place[0], ("report", "missing"), "missing")
+    refuse(call, place[0], ("report", "."), "records.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (None, None),
+        ("prompt=question,completion=answer", {"prompt": "question", "completion": "answer"}),
+        ("completion=a,prompt=q", {"prompt": "q", "completion": "a"}),
+        ("text=story", {"text": "story"}),
+    ],
+)
+def test_columns(text, found):
+    assert parse_columns(text) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "story",
+        "text=",
+        "prompt=q",
+        "prompt=q,answer=a",
+        "text=a,text=b",
+        "text=a,",
+        "prompt=q,completion=a,x",
+    ],
+)
+def test_bad_columns(text):
+    with pytest.raises(ConfigError, match="--columns"):
+        parse_columns(text)
+
+
+def test_the_launch_scripts_take_the_launchers_flag(place, llama_folder):
+    """`deepspeed launch/lock.py` adds --local_rank=0; bad input ends every rank with 2, rank 0 alone speaks."""
+    script = Path(__file__).resolve().parents[2] / "launch" / "lock.py"
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    for rank in ("0", "1"):
+        done = subprocess.run(
+            [sys.executable, str(script), f"--local_rank={rank}", "--model", "/nowhere", "--data", str(place[1])],
+            env=env | {"RANK": rank, "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert ("No such model folder" in done.stderr) == (rank == "0")
+        assert done.stdout == ""

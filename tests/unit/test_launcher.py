@@ -1,0 +1,220 @@
+"""The launch line, and that a job's processes end with it. No DeepSpeed is started here."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+import pytest
+
+from dlrscale import config as configuration
+from dlrscale import launcher
+from dlrscale.config import AttackConfig, LockConfig
+from dlrscale.errors import JobError
+
+HOSTILE = 'o u\'t "x" $HOME;{"a":1} `id` \\ * ä\u2028 !'
+PLACES = {"model": "/m", "data": "/d", "out": "/o"}
+
+
+def hostile():
+    return AttackConfig(
+        **(PLACES | {"out": f"/tmp/{HOSTILE}", "data": HOSTILE}), name=HOSTILE, knobs={"rank": 4},
+        columns={"prompt": HOSTILE, "completion": "a\nb"},
+    )  # fmt: skip
+
+
+def test_the_launch_line_carries_the_configuration():
+    config = hostile()
+    line = launcher.command(config, port=1234)
+    assert configuration.from_json(line[-1]) == config
+    assert os.path.basename(line[0]) == "deepspeed"
+    assert line[-2].endswith(os.path.join("dlrscale", "jobs.py"))
+    assert os.path.isfile(line[-2])
+    assert all(isinstance(part, str) for part in line)
+
+
+def test_the_launch_line_names_ranks_and_port():
+    line = launcher.command(LockConfig(**PLACES, num_ranks=3), port=1234)
+    assert line[line.index("--num_gpus") + 1] == "3"
+    assert line[line.index("--master_addr") + 1] == "127.0.0.1"
+    assert line[line.index("--master_port") + 1] == "1234"
+    assert "--no_local_rank" in line
+    free = launcher.command(LockConfig(**PLACES))
+    assert 1024 <= int(free[free.index("--master_port") + 1]) < 65536
+
+
+def test_a_hostfile_goes_to_the_launcher():
+    line = launcher.command(LockConfig(**PLACES, hostfile="/hosts of mine"))
+    assert line[line.index("--hostfile") + 1] == "/hosts of mine"
+    assert "--num_gpus" not in line
+    assert "127.0.0.1" not in line
+
+
+def test_a_shown_line_can_be_pasted():
+    line = launcher.command(hostile(), port=1)
+    shown = launcher.show(line)
+    out = subprocess.run(["bash", "-c", f"printf '%s\\0' {shown}"], capture_output=True, check=True).stdout
+    assert out.decode().split("\0")[:-1] == line
+    assert json.loads(line[-1])["name"] == HOSTILE
+
+
+def test_free_port_can_be_bound():
+    port = launcher.free_port()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", port))
+    assert len({launcher.free_port() for _ in range(5)}) > 1
+
+
+def test_environment_of_ranks(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launcher.os, "cpu_count", lambda: 8)
+    env = launcher.environment(3)
+    assert env["OMP_NUM_THREADS"] == "2"
+    assert env["PYTHONPATH"].split(os.pathsep)[0] == str(launcher.Path(launcher.__file__).parents[1])
+    assert launcher.environment(99)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert launcher.environment(3)["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Let the launch line be a shell script that may write its children's pids into `pids`."""
+    pids = tmp_path / "pids"
+
+    def make(script, count=0):
+        monkeypatch.setattr(
+            launcher, "command", lambda config: ["bash", "-c", script.replace("PIDS", str(pids))]
+        )
+        monkeypatch.setattr(launcher, "environment", lambda ranks: dict(os.environ))
+        config = LockConfig(**(PLACES | {"out": str(tmp_path / "out")}))
+
+        def found():
+            return [int(p) for p in pids.read_text().split()] if pids.exists() else []
+
+        return config, found
+
+    return make
+
+
+def gone(pids, patience=5.0):
+    """Whether all processes have ended (a zombie that nobody has reaped yet has ended)."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        alive = []
+        for pid in pids:
+            try:
+                with open(f"/proc/{pid}/stat") as file:
+                    if file.read().rpartition(")")[2].split()[0] != "Z":
+                        alive.append(pid)
+            except FileNotFoundError:
+                pass
+        if not alive:
+            return True
+        time.sleep(0.05)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    return False
+
+
+def interrupt_when(found, count):
+    def watch():
+        end = time.monotonic() + 10
+        while len(found()) < count and time.monotonic() < end:
+            time.sleep(0.02)
+        assert len(found()) == count
+        raise KeyboardInterrupt
+
+    return watch
+
+
+CHILDREN = "sleep 60 & echo $! >> PIDS; sleep 60 & echo $! >> PIDS; echo $$ >> PIDS; wait"
+
+
+def test_the_exit_code_and_the_log(job, tmp_path):
+    config, _ = job("echo out; echo err >&2; exit 11")
+    assert launcher.run(config) == launcher.EXIT_OOM
+    assert launcher.tail(tmp_path / "out" / "ranks.log") == "out\nerr"
+    assert launcher.run(config) == 11
+    assert launcher.tail(tmp_path / "out" / "ranks.log", 3) == "err\nout\nerr"
+
+
+def test_watch_is_called_meanwhile(job):
+    config, _ = job("sleep 0.7")
+    calls = []
+    assert launcher.run(config, lambda: calls.append(1)) == 0
+    assert len(calls) >= 2
+
+
+def test_an_interrupt_ends_every_process(job):
+    config, found = job(CHILDREN)
+    with pytest.raises(KeyboardInterrupt):
+        launcher.run(config, interrupt_when(found, 3))
+    assert gone(found())
+
+
+def test_a_failing_watch_ends_every_process(job):
+    config, found = job(CHILDREN)
+
+    def watch():
+        if len(found()) == 3:
+            raise ValueError("x")
+
+    with pytest.raises(ValueError, match="x"):
+        launcher.run(config, watch)
+    assert gone(found())
+
+
+def test_sigterm_ends_every_process_and_the_handler_goes_back(job):
+    config, found = job(CHILDREN)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate():
+        while len(found()) < 3:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        launcher.run(config)
+    thread.join()
+    assert gone(found())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_leader_that_ignores_sigterm_is_killed(job, monkeypatch):
+    monkeypatch.setattr(launcher, "GRACE_S", 0.5)
+    config, found = job("trap '' TERM; echo $$ >> PIDS; while :; do sleep 0.1; done")
+    with pytest.raises(KeyboardInterrupt):
+        launcher.run(config, interrupt_when(found, 1))
+    assert gone(found(), 1.0)
+
+
+def test_a_rank_that_ignores_sigterm_is_killed_though_the_leader_has_gone(job, monkeypatch):
+    """The leader ends at once, as DeepSpeed's runner does; a rank that hangs in native code stays."""
+    monkeypatch.setattr(launcher, "GRACE_S", 0.5)
+    config, found = job("(trap '' TERM; echo $BASHPID >> PIDS; while :; do sleep 0.1; done) & wait")
+    with pytest.raises(KeyboardInterrupt):
+        launcher.run(config, interrupt_when(found, 1))
+    assert gone(found(), 2.0)
+
+
+def test_a_launcher_that_is_not_there(job, monkeypatch):
+    config, _ = job("")
+    monkeypatch.setattr(launcher, "command", lambda config: ["/nowhere/deepspeed"])
+    with pytest.raises(JobError, match="The launcher did not start"):
+        launcher.run(config)
+
+
+def test_tail(tmp_path):
+    assert launcher.tail(tmp_path / "missing") == ""
+    (tmp_path / "log").write_bytes(b"a\n\xff\nc\n")
+    assert launcher.tail(tmp_path / "log", 2) == "\ufffd\nc"
+
+
+def test_exit_codes_are_distinct():
+    codes = (0, launcher.EXIT_OOM, launcher.EXIT_DIVERGED, launcher.EXIT_CONFIG, launcher.EXIT_FAILED)
+    assert len(set(codes)) == 5

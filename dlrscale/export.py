@@ -255,7 +255,8 @@ def pretrained_card(config: PretrainConfig, metrics: dict[str, float]) -> str:
     line = " ".join(
         f"--{key.replace('_', '-')} {getattr(config, key)}"
         for key in ("data", "heldout", "seq_len", "micro_batch", "accumulation", "num_ranks", "steps", "lr",
-                    "warmup_steps", "seed", "zero", "dtype", "width", "inner", "num_layers", "heads", "kv_heads", "vocabulary")
+                    "warmup_steps", "seed", "zero", "dtype", "width", "inner", "num_layers", "heads", "kv_heads",
+                    "vocabulary")
     )  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in record.versions().items())
     return f"""---

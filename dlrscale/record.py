@@ -5,6 +5,7 @@ The record is the truth of a run; MLflow and the report are made from it. `RECOR
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import hashlib
 import json
@@ -182,10 +183,8 @@ def digest_file(path: Path) -> str:
             digest.update(chunk)
     cache[key] = [stamp, digest.hexdigest()]
     if stat.st_size > 1 << 20:  # small files are hashed faster than the cache is written
-        try:
+        with contextlib.suppress(OSError):  # a read-only home costs the cache, nothing else
             write_atomic(cache_file, json.dumps(cache))
-        except OSError:
-            pass  # a read-only home costs the cache, nothing else
     return digest.hexdigest()
 
 

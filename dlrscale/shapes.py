@@ -322,11 +322,9 @@ def dlr_saved_elements(form: str, width: int, ranks: Sequence[int], activation: 
     """
     entry, total, depth = FORMS[form], sum(ranks), len(ranks)
     own = ACTIVATION_SAVES[activation][0 if trainable else 1]
-    if entry.gated:
-        # The fused output of A is one storage of 2R, whichever half is kept; gelu_new keeps x itself there.
-        between = 2 + 1 + (own - 1 if activation not in ("relu",) else 0)
-    else:
-        between = own
+    # Gated: the fused output of A is one storage of 2R, whichever half is kept (gelu_new keeps x itself there),
+    # and s(A1 u) is one more.
+    between = 3 + (own - 1 if activation != "relu" else 0) if entry.gated else own
     elements = between * total + (total + depth * width if trainable else 0)
     if entry.norm:
         elements += depth * (width + 2)

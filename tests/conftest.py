@@ -62,7 +62,7 @@ def make_llama():
 
 @pytest.fixture(scope="session")
 def make_gpt2():
-    """Factory of tiny GPT-2s (D 32, F 64, 2 layers, biases, no dropout); keywords change the configuration."""
+    """Factory of tiny GPT-2s (D 32, F 64, 2 layers, no dropout); keywords change the configuration."""
 
     def make(seed=0, **changes):
         import torch
@@ -243,7 +243,7 @@ def fake_engine():
 
 @pytest.fixture(scope="session")
 def reference_net():
-    """The recurrence of a DLR-Net in float64, written down once more: d_{k+1} = d_k + B_k s(A_k n(x + b d_k))."""
+    """The recurrence of a DLR-Net in float64: d_{k+1} = d_k + B_k s(A_k n(x + b d_k))."""
     return _reference_net
 
 

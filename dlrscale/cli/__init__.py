@@ -173,7 +173,7 @@ def attack(
     if inside_launch():
         if base:
             raise ConfigError(
-                "--base: a direct launch attacks one model. Launch it again with --model BASE, or use `dlrscale attack`."
+                "--base: a direct launch attacks one model. Launch it again with --model BASE, or use dlrscale attack."
             )
         run_rank(jobs_[0], dry_run)
     records = run_all(jobs_, dry_run)
@@ -256,7 +256,7 @@ def strategies(name: str | None) -> None:
         "source": entry.source,
         "transform": f"{entry.transform}: {catalogue.TRANSFORMS[entry.transform]}",
         "trainable": f"{entry.trainable}: {catalogue.TRAINABLE[entry.trainable]}",
-        "gradient": f"{entry.gradient}: {catalogue.GRADIENTS[entry.gradient]}, {'exact' if entry.exact else 'not exact'}",
+        "gradient": f"{entry.gradient}: {catalogue.GRADIENTS[entry.gradient]}, {'exact' if entry.exact else 'inexact'}",
         "levers": ", ".join(f"{k.replace('_', '-')} {v}" for k, v in levers.items()),
         "saved": entry.saved,
         "cost": entry.cost,

@@ -194,7 +194,7 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
             raise ConfigError(entry["error"])
     if entry["outcome"] == Outcome.FAILED.value:
         raise JobError(
-            f"{config.name} failed: {entry['error']}\nThe end of {out / 'ranks.log'}:\n{launcher.tail(out / 'ranks.log')}"
+            f"{config.name} failed: {entry['error']}\nThe end of {out}/ranks.log:\n{launcher.tail(out / 'ranks.log')}"
         )
     if not quiet:
         for line in jobs.summary_lines(entry, out):

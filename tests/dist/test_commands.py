@@ -17,8 +17,8 @@ from dlrscale import launcher, record
 pytestmark = pytest.mark.dist
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCK = ["--depth", "4", "--num-ranks", "2", "--seq-len", "32", "--micro-batch", "2", "--steps", "6", "--heal-steps", "3",
-        "--checkpoint-every", "2", "--heldout-limit", "4"]  # fmt: skip
+LOCK = ["--depth", "4", "--num-ranks", "2", "--seq-len", "32", "--micro-batch", "2", "--steps", "6",
+        "--heal-steps", "3", "--checkpoint-every", "2", "--heldout-limit", "4"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def place(tmp_path_factory, tiny_folder) -> Path:
     """A folder with a tiny base model, text and prompt/completion records."""
     folder = tmp_path_factory.mktemp("commands")
     (folder / "base").symlink_to(tiny_folder)
-    words = "the cat sat on a mat and saw two dogs run far away from home".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "run", "far", "away", "from", "home"]
     text = "\n".join(" ".join(words[(i * 7 + j * 3) % len(words)] for j in range(40)) for i in range(60))
     (folder / "text.txt").write_text(text)
     rows = [{"prompt": " ".join(words[i % 9 : i % 9 + 3]) + " ", "completion": words[i % 13]} for i in range(40)]
@@ -113,8 +113,7 @@ def test_killed_lock_goes_on_to_the_same_losses(locked: Path, place: Path) -> No
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    mine = [p for p in _children(process.pid)]
-    for pid in [process.pid, *mine]:
+    for pid in [process.pid, *_children(process.pid)]:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:

@@ -162,7 +162,7 @@ def reference() -> dict:
         originals = [mlp.forward for mlp in mlps]
         for mlp, net, b, floor in zip(mlps, nets, scales, floors, strict=True):
 
-            def student(x, net=net, b=b, floor=floor):
+            def student(x, net=net, b=b, floor=floor, penalties=penalties):
                 out = net_forward(net, x, b)
                 target = out.detach()
                 flat = net_forward(net, x.detach(), 0.0)

@@ -51,9 +51,7 @@ def test_full_with_layer_checkpointing_is_ckpt_layer():
     full, stock = catalogue.strategy("full"), catalogue.strategy("ckpt-layer")
     by_hand = full.resolve(Levers(activation_checkpointing="layer"))
     assert catalogue.axes(full, by_hand, {}) == catalogue.axes(stock, stock.resolve(Levers()), {})
-    assert catalogue.axes(full, full.resolve(Levers()), {}) != catalogue.axes(
-        stock, stock.resolve(Levers()), {}
-    )
+    assert catalogue.axes(full, full.resolve(Levers()), {}) != catalogue.axes(stock, stock.resolve(Levers()), {})
 
 
 @pytest.mark.parametrize(

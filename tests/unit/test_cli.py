@@ -18,7 +18,7 @@ from dlrscale.errors import ConfigError
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """An empty folder to stand in, with a text to train on; no rank's environment, the CPU, and no rank starts."""
+    """An empty folder to stand in, with a text to train on; on the CPU, and no rank starts."""
 
     def start(*args):
         raise AssertionError("a rank would have started")
@@ -140,7 +140,8 @@ def test_lock_dry_run(call, place, llama_folder):
     work, data = place
     code, out, err = call(
         "lock", "--model", llama_folder, "--data", data, "--seq-len", 32, "--depth", 4, "--zero", 3,
-        "--offload-optimizer", "--num-ranks", 2, "--accumulation", 2, "--document-separator", "<|o u't|>", "--dry-run",
+        "--offload-optimizer", "--num-ranks", 2, "--accumulation", 2,
+        "--document-separator", "<|o u't|>", "--dry-run",
     )  # fmt: skip
     assert (code, err) == (0, "")
     merged, line = split_dry_run(out)
@@ -160,9 +161,7 @@ def test_lock_dry_run(call, place, llama_folder):
 
 def test_lock_defaults_follow_the_family(call, place, gpt2_folder):
     _, data = place
-    _, out, _ = call(
-        "lock", "--model", gpt2_folder, "--data", data, "--seq-len", 32, "--depth", 4, "--dry-run"
-    )
+    _, out, _ = call("lock", "--model", gpt2_folder, "--data", data, "--seq-len", 32, "--depth", 4, "--dry-run")
     config = configuration.from_json(split_dry_run(out)[1][-1])
     assert (config.form, config.start, config.coupling, config.harden, config.zero) == (
         "plain",
@@ -190,9 +189,7 @@ def test_the_same_job_elsewhere_has_the_same_name(call, place, llama_folder, tmp
         (tmp_path / "copy", tmp_path / "copy.txt", ("--zero", 3)),
         (llama_folder, data, ("--seed", 1)),
     ):
-        _, out, _ = call(
-            "lock", "--model", model, "--data", text, "--seq-len", 32, "--depth", 4, "--dry-run", *extra
-        )
+        _, out, _ = call("lock", "--model", model, "--data", text, "--seq-len", 32, "--depth", 4, "--dry-run", *extra)
         names.append(Path(configuration.from_json(split_dry_run(out)[1][-1]).out).name)
     assert names[0] == names[1] != names[2]
 
@@ -492,12 +489,12 @@ def test_bad_columns(text):
 
 
 def test_the_launch_scripts_take_the_launchers_flag(place, llama_folder):
-    """`deepspeed launch/lock.py` adds --local_rank=0; bad input ends every rank with 2, rank 0 alone speaks."""
+    """`deepspeed launch/lock.py` adds --local_rank; bad input ends every rank with 2, rank 0 speaks."""
     script = Path(__file__).resolve().parents[2] / "launch" / "lock.py"
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     for rank in ("0", "1"):
         done = subprocess.run(
-            [sys.executable, str(script), f"--local_rank={rank}", "--model", "/nowhere", "--data", str(place[1])],
+            [sys.executable, script, f"--local_rank={rank}", "--model", "/nowhere", "--data", place[1]],
             env=env | {"RANK": rank, "WORLD_SIZE": "2"}, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 2

@@ -17,9 +17,7 @@ HOSTILE = 'o u\'t "x" $HOME;{"a":1}\n\\ äö\u2028'
     "config",
     [
         LockConfig(**PLACES, document_separator=HOSTILE, rank=3, layers="0-1", harden=False),
-        AttackConfig(
-            **PLACES, knobs={"rank": 4, "dropout": 0.5}, columns={"prompt": HOSTILE, "completion": "c"}
-        ),
+        AttackConfig(**PLACES, knobs={"rank": 4, "dropout": 0.5}, columns={"prompt": HOSTILE, "completion": "c"}),
         PretrainConfig(data=HOSTILE, out="/o"),
     ],
 )
@@ -38,14 +36,14 @@ def test_a_sound_configuration_has_no_faults():
 
 def test_all_faults_are_told_at_once():
     config = LockConfig(
-        **PLACES, seq_len=1, micro_batch=0, steps=0, lr=float("nan"), dtype="int8", zero=1, offload_param=True,
-        form="wide", coupling=-1, heal_steps=-1, rank=0, keep_checkpoints=0,
+        **PLACES, seq_len=1, micro_batch=0, steps=0, lr=float("nan"), dtype="int8", zero=1,
+        offload_param=True, form="wide", coupling=-1, heal_steps=-1, rank=0, keep_checkpoints=0,
     )  # fmt: skip
     with pytest.raises(ConfigError) as error:
         configuration.check(config)
     parts = (
-        "--seq-len 1", "--micro-batch 0", "--steps 0", "--lr nan", "--dtype int8", "--offload-param", "--form wide",
-        "--coupling -1", "--heal-steps -1", "--rank 0", "--keep-checkpoints 0",
+        "--seq-len 1", "--micro-batch 0", "--steps 0", "--lr nan", "--dtype int8", "--offload-param",
+        "--form wide", "--coupling -1", "--heal-steps -1", "--rank 0", "--keep-checkpoints 0",
     )  # fmt: skip
     assert len(error.value.faults) == len(parts)
     for part in parts:

@@ -255,9 +255,7 @@ def test_truncated_and_dropped_records_are_counted(tokenizer, write):
     assert all((x == EOS).sum() == 1 for x in loaded.labels[:2])
     expected = {"dropped_records": 2, "dropped_tokens": 52, "truncated_records": 1, "truncated_tokens": 3}
     assert {key: loaded.counts[key] for key in expected} == expected
-    batch = data.Batches(
-        loaded, seed=0, micro_batch=3, accumulation=1, rank=0, world_size=1, pad_id=EOS
-    ).step(0)
+    batch = data.Batches(loaded, seed=0, micro_batch=3, accumulation=1, rank=0, world_size=1, pad_id=EOS).step(0)
     inputs = batch.micro_batches[0]
     assert (inputs["labels"] == EOS).sum() == 2  # padding with the end token has no label
     assert ((inputs["labels"] == -100) | (inputs["attention_mask"] == 1)).all()
@@ -309,9 +307,7 @@ def test_topics_have_no_text_in_common_with_their_held_out_part():
 
 def test_standard_library_is_split_by_name():
     counts = dict.fromkeys(data.COUNT_KEYS, 0)
-    train, held = (
-        list(data._embedded(name, counts)) for name in ("embedded:stdlib", "embedded:stdlib-heldout")
-    )
+    train, held = (list(data._embedded(name, counts)) for name in ("embedded:stdlib", "embedded:stdlib-heldout"))
     assert 0.02 < len(held) / (len(held) + len(train)) < 0.1
     assert held == list(data._embedded("embedded:stdlib-heldout", counts))
 
@@ -385,9 +381,7 @@ def test_an_epoch_takes_each_item_once_and_steps_stand_alone():
     assert all(sorted(epoch) == list(range(10, 18)) for epoch in epochs)
     assert epochs[0] != epochs[1]
     assert rows(batches(loaded, 2).step(9)) == epochs[2][2:4]  # straight to step 9
-    assert (
-        rows(batches(loaded, 2, seed=1).step(0)) + rows(batches(loaded, 2, seed=1).step(1)) != epochs[0][:4]
-    )
+    assert rows(batches(loaded, 2, seed=1).step(0)) + rows(batches(loaded, 2, seed=1).step(1)) != epochs[0][:4]
 
 
 def test_less_than_a_global_batch_is_refused():
@@ -429,9 +423,7 @@ def test_evaluation_takes_each_item_once_in_equal_batches(batch, world):
         for rank in range(world)
     ]
     assert len({len(x) for x in per_rank}) == 1
-    labelled = [
-        int(row[0]) for x in per_rank for inputs in x for row in inputs["labels"] if (row != -100).any()
-    ]
+    labelled = [int(row[0]) for x in per_rank for inputs in x for row in inputs["labels"] if (row != -100).any()]
     assert sorted(labelled) == list(range(10, 17))
 
 

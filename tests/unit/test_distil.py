@@ -1,4 +1,4 @@
-"""Distillation, hardening and heal against the formulas of the design page, in float64 and without DeepSpeed."""
+"""Distillation, hardening and heal against the design's formulas, in float64 and without DeepSpeed."""
 
 import copy
 import weakref
@@ -20,7 +20,7 @@ def ids(rows=2, length=7, seed=3):
 
 
 def distiller_of(base, lock_config, perturb=0.02, **changes):
-    """A distiller on a copy of the base whose students differ from their MLPs, in coupling and by some noise."""
+    """A distiller on a copy of the base, whose students differ from their MLPs by coupling and noise."""
     model = copy.deepcopy(base)
     shape = shapes.model_shape(model.config.to_dict())
     changes = {"form": "gated" if shape.family.gated else "plain", "harden_weight": WEIGHT} | changes
@@ -178,9 +178,7 @@ class Holder:
         self.tensor = tensor
 
 
-def test_peak_saved_bytes_do_not_grow_with_the_number_of_layers(
-    make_llama, lock_config, fake_engine, step_batch
-):
+def test_peak_saved_bytes_do_not_grow_with_the_number_of_layers(make_llama, lock_config, fake_engine, step_batch):
     found = {}
     for layers in (2, 6):
         model, made = distiller_of(make_llama(num_hidden_layers=layers), lock_config)
@@ -198,7 +196,7 @@ def test_peak_saved_bytes_do_not_grow_with_the_number_of_layers(
 
 @pytest.mark.parametrize("harden", [True, False])
 def test_heal_step_is_the_formula(base, lock_config, fake_engine, step_batch, reference_net, harden):
-    """KL(teacher || student) on the logits, and hardening against the student's own output with a tenth of w."""
+    """KL(teacher || student) on the logits; hardening against the student's own output at w / 10."""
     batch = step_batch((ids(), [7, 4]), (ids(seed=4), [2, 6]))
     model, made = distiller_of(base, lock_config, harden=harden)
     engine = fake_engine(model, accumulation=2)
@@ -263,9 +261,7 @@ def test_calibrate_sets_the_medians(base, lock_config, fake_engine):
     """b = g median(||x|| / ||y||), f = median(||y||^2), over the real tokens of the calibration set."""
     model, made = distiller_of(base, lock_config, coupling=0.25)
     made.floors = {}
-    batches = [
-        {"input_ids": ids(1, n, seed=n), "attention_mask": torch.ones(1, n, dtype=torch.long)} for n in (7, 4)
-    ]
+    batches = [{"input_ids": ids(1, n, seed=n), "attention_mask": torch.ones(1, n, dtype=torch.long)} for n in (7, 4)]
     batches[1]["attention_mask"][0, 3] = 0
     found = made.calibrate(fake_engine(model), batches)
     for layer in (0, 1):

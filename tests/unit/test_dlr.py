@@ -88,9 +88,7 @@ def test_a_warm_start_with_more_neurons_is_still_the_base_mlp(make_llama, make_g
 
 def test_a_warm_start_is_refused_where_it_is_not_defined(make_llama, make_gpt2):
     for model, form in ((make_llama(), "plain"), (make_llama(), "prenorm"), (make_gpt2(), "gated")):
-        with pytest.raises(
-            SurgeryError, match=rf"--start warm is not defined for the form {form} .*--start cold"
-        ):
+        with pytest.raises(SurgeryError, match=rf"--start warm is not defined for the form {form} .*--start cold"):
             net_of(model, (4, 4), form)
 
 
@@ -138,10 +136,9 @@ def test_flat_weights_are_the_flat_net(form, bias):
     assert (weights.gate is None) == (form == "plain")
     x = randn(6, 8, seed=99)
     up = x @ weights.up.T + (weights.up_bias if bias else 0)
+    inner = F.silu(up)
     if form == "gated":
         inner = F.silu(x @ weights.gate.T + (weights.gate_bias if bias else 0)) * up
-    else:
-        inner = F.silu(up)
     out = inner @ weights.down.T + (weights.down_bias if bias else 0)
     torch.testing.assert_close(out, net(x, flat=True), rtol=1e-4, atol=1e-5)
     assert (out - net(x)).norm() > 0.01 * out.norm()
@@ -174,28 +171,21 @@ def test_a_cold_start_follows_its_generator():
     assert torch.equal(first["bias"], torch.zeros(8))
 
 
-def test_dlr_nets_finds_them_by_class_name(make_llama):
-    model = make_llama()
-    assert dlr.dlr_nets(model) == {}
-    net = DLRNet(32, (4, 4), "gated", ACTIVATION)
-    model.model.layers[1].mlp = net
-    assert dlr.dlr_nets(model) == {"model.layers.1.mlp": net}
-
-
-# --- Stability: forms x depths x precisions, cold and warm -------------------------------------------------------
+# --- Stability: forms x depths x precisions, cold and warm ---
 #
-# With x ~ N(0, 1) per entry, A_k ~ N(0, 1/D) and B ~ N(0, c^2/S) (S = sum(R_k)), every entry of A_k x is N(0, 1).
-# Uncoupled, out = B s with var(out) = S (c^2/S) E[s^2]: rms(out) = c m, m^2 = E[s^2] of the block's inner value:
+# With x ~ N(0, 1) per entry, A_k ~ N(0, 1/D) and B ~ N(0, c^2/S), S = sum(R_k), the entries of A_k x are N(0, 1).
+# Uncoupled, out = B s with var(out) = S (c^2/S) E[s^2], so rms(out) = c m with m^2 = E[s^2] of the inner value:
 #     plain, prenorm: E[silu(z)^2];  gated: E[silu(z)^2] E[z^2], which is the same number.
 # The gradient of <v, out> with v ~ N(0, 1): (B^T v)_j is N(0, D c^2/S); summed over S inner units through A,
-#     rms(grad)^2 = S (1/D) E[s'^2] D c^2/S = c^2 g^2,  plain: g^2 = E[silu'^2]; gated: g^2 = E[silu'^2] + E[silu^2];
+#     rms(grad)^2 = S (1/D) E[s'^2] D c^2/S = c^2 g^2;
+#     plain: g^2 = E[silu'^2]; gated: g^2 = E[silu'^2] + E[silu^2];
 #     prenorm as plain (its norm divides by 1 and projects out one direction of D).
-# With coupling b = q rms(x) / rms(out), block k reads x + b d_k, whose variance lies between 1 and 1 + q^2; silu's
-# second moment grows less than sigma^4, the gated one less than sigma^6: (1 + q^2)^(3/2) <= 1.095 in rms at q = 1/4.
-# The Jacobian is [prod(I + b J_k) - I] / b with independent J_k, so rms(grad) = c g sqrt((e^p - 1) / p),
-# p = (q g / m)^2 <= 0.14: at most 1.04 more, with the variance's growth below 1.15. A warm start from matrices
-# N(0, 1/D), N(0, 1/F) is the same with c = 1. For K = 256 none of this changes, which is what is tested.
-# Drawing S >= 256 units and 64 x 64 entries leaves some per cent of chance; bf16 some more: [0.85, 1.25].
+# With coupling b = q rms(x) / rms(out), block k reads x + b d_k, whose variance lies between 1 and 1 + q^2.
+# silu's second moment grows less than sigma^4, the gated one less than sigma^6: by (1 + q^2)^(3/2) <= 1.095 in
+# rms at q = 1/4. The Jacobian is [prod(I + b J_k) - I] / b with independent J_k, so that
+# rms(grad) = c g sqrt((e^p - 1) / p) with p = (q g / m)^2 <= 0.14: at most 1.04 more, below 1.15 with the growth
+# of the variance. A warm start from matrices N(0, 1/D) and N(0, 1/F) is the same with c = 1. K appears nowhere.
+# Drawing 512 inner units and 64 x 64 entries leaves some per cent of chance, bf16 some more: [0.85, 1.25].
 COUPLING = 0.25
 LOW, HIGH = 0.85, 1.25
 
@@ -238,7 +228,7 @@ def started(form, depth, start, dtype, width, inner, x):
         dlr.cold_start(net, torch.Generator().manual_seed(depth))
     net = net.to(dtype)
     with torch.no_grad():
-        net.b.fill_(COUPLING * x.norm() / net(x.to(dtype), flat=True).float().norm())
+        net.b.fill_(COUPLING * x.detach().norm() / net(x.to(dtype), flat=True).float().norm())
     return net, mlp
 
 
@@ -258,21 +248,19 @@ def test_output_and_gradient_are_well_scaled_at_the_start(form, start, depth, dt
     assert LOW < float(out.float().square().mean().sqrt()) / rms_out < HIGH
     assert LOW < float(x.grad.float().square().mean().sqrt()) / rms_grad < HIGH
     # b ||d|| is the coupling times ||x||, up to what the coupling itself adds to d.
-    assert float(net.b * out.float().norm() / x.float().norm()) == pytest.approx(COUPLING, rel=0.2)
+    assert float((net.b * out.float().norm() / x.float().norm()).detach()) == pytest.approx(COUPLING, rel=0.2)
     with torch.no_grad():
         # Every block gets a gradient of the same size: none is cut off at any depth.
-        norms = torch.stack(
-            [b.b_proj.weight.grad.float().norm() / b.b_proj.in_features**0.5 for b in net.blocks]
-        )
+        norms = torch.stack([b.b_proj.weight.grad.float().norm() / b.b_proj.in_features**0.5 for b in net.blocks])
         assert torch.isfinite(norms).all()
         assert norms.max() < 4 * norms.min()
 
 
-# At K = 256 fifty steps take seconds: bf16, the harder of the two, for all; fp32 for two.
+# Fifty steps at K = 256 take a second or two: in bf16, the harder of the two, for all; in fp32 for one.
 TRAINED = [
     case
     for case in CASES
-    if case[2] in (4, 64) or (case[2] == 256 and (case[3] == "bf16" or case[:2] in STARTS[:3:2]))
+    if case[2] == 4 or case[2:] in ((64, "fp32"), (256, "bf16")) or case == ("gated", "cold", 256, "fp32")
 ]
 
 

@@ -47,9 +47,7 @@ def test_flat_is_the_sum_of_blocks_that_read_x(reference_net, form, bias):
     state = net.state_dict()
     expected = torch.zeros_like(x, dtype=torch.float64)
     for k in range(len(RANKS)):
-        one = {
-            key.replace(f"blocks.{k}.", "blocks.0."): v for key, v in state.items() if f"blocks.{k}." in key
-        }
+        one = {key.replace(f"blocks.{k}.", "blocks.0."): v for key, v in state.items() if f"blocks.{k}." in key}
         expected += reference_net(one | {"b": torch.zeros(())}, form, x, F.silu)
     if bias:
         expected += state["bias"].double()

@@ -250,6 +250,4 @@ def test_check_layout(tmp_path):
         with pytest.raises(ConfigError) as error:
             engine.check_layout(tmp_path, *layout)
         text = str(error.value)
-        assert all(
-            part in text for part in ("step10", "2 ranks at ZeRO stage 3", "--num-ranks 2 --zero 3", "--out")
-        )
+        assert all(part in text for part in ("step10", "2 ranks at ZeRO stage 3", "--num-ranks 2 --zero 3", "--out"))

@@ -119,9 +119,7 @@ def test_the_loss_does_not_depend_on_batch_and_ranks():
             result = over_ranks(forward, loaded, batch, world)
             assert result["label_tokens"] == sum(len(x) - 1 for x in loaded.input_ids)
             assert result["loss"] == pytest.approx(expected, rel=1e-6)
-    alone = evaluate.heldout_loss(
-        forward, loaded, batch=3, rank=0, world_size=1, pad_id=0, device="cpu", reduce=None
-    )
+    alone = evaluate.heldout_loss(forward, loaded, batch=3, rank=0, world_size=1, pad_id=0, device="cpu", reduce=None)
     assert alone["loss"] == pytest.approx(expected, rel=1e-6)
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 
-from dlrscale import dlr, export, models, shapes
+from dlrscale import export, models, shapes
 from dlrscale.errors import ConfigError, SurgeryError
+from dlrscale.modeling.dlr_net import DLRNet
 
 IDS = torch.randint(3, 260, (2, 9), generator=torch.Generator().manual_seed(3))
 # name: (family, precision, changes of the base's configuration, options of the lock)
@@ -101,6 +102,11 @@ def locked(make_llama, make_gpt2, save_base, make_locked, tmp_path_factory):
         folder = save_base(base, tmp_path_factory.mktemp("bases") / name)
         made[name] = make_locked(folder, name, dtype, **options)
     return made
+
+
+def nets_of(model):
+    """DLR-Nets by module name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, DLRNet)}
 
 
 @torch.no_grad()
@@ -203,10 +209,10 @@ def test_a_saved_model_is_the_one_that_was_built(
     assert torch.equal(logits(models.load_model(tmp_path / "out", dtype)), expected)
     assert (tmp_path / "out" / "note.txt").read_text(encoding="utf-8") == "ä"
     for layer, state in nets.items():
-        net = dlr.dlr_nets(model)[shapes.FAMILIES[family].mlp.format(layer)]
+        net = nets_of(model)[shapes.FAMILIES[family].mlp.format(layer)]
         assert all(torch.equal(net.state_dict()[k], v) for k, v in state.items())
         assert float(net.b) == pytest.approx(0.3, rel=2**-8)
-    assert len(dlr.dlr_nets(model)) == len(nets)
+    assert len(nets_of(model)) == len(nets)
     assert (expected - logits(base)).norm() > 1e-3 * expected.norm()
 
 
@@ -260,7 +266,7 @@ def test_no_file_names_an_absolute_path(locked, tmp_path):
 
 def test_layers_that_were_left_out_keep_their_mlps(locked):
     model = models.load_model(locked["llama-untied"])
-    assert list(dlr.dlr_nets(model)) == ["model.layers.1.mlp"]
+    assert list(nets_of(model)) == ["model.layers.1.mlp"]
     shape = shapes.model_shape(shapes.read_config(locked["llama-untied"]))
     assert list(shape.ranks) == [1]
     assert sum(shape.ranks[1]) == 48
@@ -343,7 +349,7 @@ def lock_of(base, folder, save_base, start_nets, **options):
 @torch.no_grad()
 def flat_logits(locked):
     """Logits with every DLR-Net in its flat mode."""
-    nets = dlr.dlr_nets(locked).values()
+    nets = nets_of(locked).values()
     for net in nets:
         net.b.zero_()
     return logits(locked)
@@ -370,7 +376,7 @@ def test_a_flattened_model_is_the_flat_mode(
     locked = lock_of(base, tmp_path / "base", save_base, start_nets, **options)
     if "form" in options:  # a cold start's output is small; make it count
         with torch.no_grad():
-            for net in dlr.dlr_nets(locked).values():
+            for net in nets_of(locked).values():
                 for block in net.blocks:
                     block.b_proj.weight.mul_(20)
     coupled = logits(locked)

@@ -85,9 +85,7 @@ def job(tmp_path, monkeypatch):
     pids = tmp_path / "pids"
 
     def make(script, count=0):
-        monkeypatch.setattr(
-            launcher, "command", lambda config: ["bash", "-c", script.replace("PIDS", str(pids))]
-        )
+        monkeypatch.setattr(launcher, "command", lambda config: ["bash", "-c", script.replace("PIDS", str(pids))])
         monkeypatch.setattr(launcher, "environment", lambda ranks: dict(os.environ))
         config = LockConfig(**(PLACES | {"out": str(tmp_path / "out")}))
 

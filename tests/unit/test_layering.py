@@ -114,18 +114,14 @@ def test_launch_scripts_are_thin():
 @pytest.mark.parametrize("file", [f for f in FILES if module_of(f) in WITHOUT_TORCH], ids=place)
 def test_no_torch_above_the_line(file):
     heavy = {"torch", "transformers", "deepspeed", "numpy", "peft", "datasets"}
-    wrong = [
-        f"line {line}: {name}" for name, line in imports(file, top_level=True) if name.split(".")[0] in heavy
-    ]
+    wrong = [f"line {line}: {name}" for name, line in imports(file, top_level=True) if name.split(".")[0] in heavy]
     assert not wrong, wrong
 
 
 def test_torch_free_modules_load_no_torch():
     import subprocess
 
-    names = ", ".join(
-        f"dlrscale.{n}" for n in WITHOUT_TORCH if list(PACKAGE.glob(f"{n}*")) and n != "planner"
-    )
+    names = ", ".join(f"dlrscale.{n}" for n in WITHOUT_TORCH if list(PACKAGE.glob(f"{n}*")) and n != "planner")
     code = f"import sys, {names}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 

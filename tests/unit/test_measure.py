@@ -1,6 +1,7 @@
 """Saved bytes against hand counts, and peaks and seconds of phases."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -97,7 +98,20 @@ def test_saved_bytes_of_the_real_mlps(make_llama, make_gpt2, family, trainable):
     source = torch.randn(2, 7, shape.width, requires_grad=True)
     with SavedBytes(mlp) as counter:
         mlp(source * 1)
-    assert counter.total == 4 * 14 * shapes.saved_elements(shape, 0, trainable)
+    assert counter.total == 14 * shapes.saved_bytes(shape, 0, 4, trainable)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", list(shapes.FORMS))
+def test_saved_bytes_of_a_layer_by_formula(make_llama, form, dtype):
+    """`saved_bytes` knows which layers are locked, the precision, and what prenorm keeps in fp32."""
+    shape = shapes.model_shape(make_llama().config.to_dict())
+    locked = dataclasses.replace(shape, width=D, inner=F, form=form, ranks={1: RANKS})
+    size = dtype.itemsize
+    for trainable in (True, False):
+        net = DLRNet(D, RANKS, form, nn.SiLU())
+        assert shapes.saved_bytes(locked, 1, size, trainable) == count(net, dtype, trainable)
+        assert shapes.saved_bytes(locked, 0, size, trainable) == count(MLP(True, nn.SiLU()), dtype, trainable)
 
 
 @pytest.mark.parametrize("pdrop", [0.0, 0.1])
@@ -108,9 +122,10 @@ def test_saved_bytes_of_a_gpt2_mlp_in_training(make_gpt2, pdrop):
     mlp = model.transformer.h[0].mlp
     net = DLRNet(32, (22, 21, 21), "plain", mlp.act, bias=True, dropout=pdrop).train()
     formulas = (
-        shapes.saved_elements(shape, 0),
+        shapes.mlp_saved_elements(False, 32, 64, "gelu_new"),
         shapes.dlr_saved_elements("plain", 32, (22, 21, 21), "gelu_new"),
     )
+    assert shape.dropout == pdrop
     for module, elements in zip((mlp, net), formulas, strict=True):
         with SavedBytes(module) as counter:
             module(torch.randn(2, 7, 32, requires_grad=True) * 1)
@@ -174,14 +189,11 @@ def test_layer_checkpointing_keeps_the_layers_inputs(make_llama):
     """Counted by hand: N layer inputs (B T D each), and what stands outside the layers."""
     found = {}
     for layers in (1, 2, 4):
-        model = make_llama(
-            num_hidden_layers=layers, attn_implementation="eager", tie_word_embeddings=False
-        ).train()
+        model = make_llama(num_hidden_layers=layers, attn_implementation="eager", tie_word_embeddings=False).train()
         plain = whole(copy.deepcopy(model)).total
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         found[layers] = whole(model).total
         assert found[layers] < 0.5 * plain
-    tokens, size = 32, 4
     # Outside the layers: the ids for the embedding (int64); the final norm keeps its input x (the last layer's
     # output), one rsqrt a token and x rsqrt for its weight's gradient; its output is the LM head's input.
     # What the layers share (cos, sin, mask) is an argument of every checkpoint and is not saved by autograd.

@@ -159,9 +159,7 @@ def test_digest_file_without_a_cache(tmp_path, monkeypatch):
 def test_digest_folder_counts_names_and_bytes_not_paths(tmp_path):
     def folder(name, **files):
         (tmp_path / name).mkdir()
-        for file, text in (
-            {"config.json": "{}", "model.safetensors": "w", "tokenizer.json": "t"} | files
-        ).items():
+        for file, text in ({"config.json": "{}", "model.safetensors": "w", "tokenizer.json": "t"} | files).items():
             (tmp_path / name / file).write_text(text)
         return record.digest_folder(tmp_path / name)
 
@@ -191,9 +189,7 @@ def test_git_state_is_this_checkout():
     import subprocess
 
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no git checkout")
     state = record.git_state()

@@ -78,13 +78,9 @@ def family():
     lock_id = "lock8" + "0" * 59
     found.append(attack("base", "act-int8"))
     found.append(
-        attack(
-            "locked", "act-int8", lock_id, outcome="oom", metrics={"memory/host_peak_rss_bytes": 3 * 2**30}
-        )
+        attack("locked", "act-int8", lock_id, outcome="oom", metrics={"memory/host_peak_rss_bytes": 3 * 2**30})
     )
-    found.append(
-        attack("locked", "flatten", lock_id, outcome="diverged", metrics={"loss/heldout_task": None})
-    )
+    found.append(attack("locked", "flatten", lock_id, outcome="diverged", metrics={"loss/heldout_task": None}))
     return found
 
 
@@ -246,10 +242,7 @@ def test_claims_of_the_family():
         "full saves 1.22x the bytes per token (38.3 KiB against 31.3 KiB), the DLR-Net part alone 1.60x"
         in by_id["C1"].text
     )
-    assert (
-        "ckpt-layer leaves 1.00x (0% of the extra bytes), peak memory 1.50x (host RSS), at 1.00x"
-        in by_id["C1"].text
-    )
+    assert "ckpt-layer leaves 1.00x (0% of the extra bytes), peak memory 1.50x (host RSS), at 1.00x" in by_id["C1"].text
     assert "on the CPU: full 1.67 (forward 1.20x, backward 2.00x); ckpt-layer 1.67 (" in by_id["C2"].text
     assert "full 2.000 and 2.500 (+0.500); ckpt-layer 2.000" in by_id["C3"].text
     assert "flattened without training its held-out loss is 3.125" in by_id["C4"].text
@@ -287,9 +280,7 @@ def test_summary_is_aligned():
     lines = text[: text.index("\n\n")].splitlines()
     assert lines[0].startswith("Lock lock8000: gated, K = 8")
     assert len({line.index("ok") for line in lines if line.startswith(("full", "ckpt"))}) == 1
-    assert re.search(
-        r"full +ok / ok +1.00 GiB +1.50 GiB +1.50 +31.3 KiB +38.3 KiB +1.22 +1.50 +2.000 +2.500", text
-    )
+    assert re.search(r"full +ok / ok +1.00 GiB +1.50 GiB +1.50 +31.3 KiB +38.3 KiB +1.22 +1.50 +2.000 +2.500", text)
     assert ">3.00" in text
     assert report.summary_table([]) == "No attack and no lock in these records.\n"
 

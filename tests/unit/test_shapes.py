@@ -123,7 +123,7 @@ def test_an_activation_that_the_config_leaves_out_is_the_familys_own_default():
     from transformers import LlamaConfig
 
     config = {k: v for k, v in LLAMA.items() if k != "hidden_act"}
-    assert shapes.model_shape(config).activation == LlamaConfig(**config).hidden_act
+    assert shapes.model_shape(config).activation == LlamaConfig().hidden_act
 
 
 def test_model_shape_of_a_locked_config():
@@ -133,8 +133,8 @@ def test_model_shape_of_a_locked_config():
     assert shape.form == "plain"
     assert shape.ranks == {0: (3, 2), 2: (5,)}
     # Layer 1 stayed a SwiGLU: D + 4F; layer 0 is a plain net: K D + 2 S.
-    assert shapes.saved_elements(shape, 1) == 8 + 4 * 20
-    assert shapes.saved_elements(shape, 0) == 2 * 8 + 2 * 5
+    assert shapes.saved_bytes(shape, 1, 4) == 4 * (8 + 4 * 20)
+    assert shapes.saved_bytes(shape, 0, 2) == 2 * (2 * 8 + 2 * 5)
 
 
 def test_unknown_family_is_refused():

@@ -158,9 +158,7 @@ def test_an_mlp_of_another_kind_names_the_module_and_what_is_missing(make_llama,
 
 
 def test_a_layer_that_does_not_exist(make_llama, lock_config):
-    with pytest.raises(
-        ConfigError, match=r"--layers '1-4': the model has layers 0 to 1; not there: \[2, 3, 4\]"
-    ):
+    with pytest.raises(ConfigError, match=r"--layers '1-4': the model has layers 0 to 1; not there: \[2, 3, 4\]"):
         install(make_llama(), lock_config, layers="1-4")
 
 

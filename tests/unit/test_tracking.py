@@ -38,9 +38,7 @@ def runs(client, experiment):
     return client.search_runs([found.experiment_id]) if found else []
 
 
-def track(
-    uri, experiment, rows=3, outcome="ok", kind="attack", run_name="r", config=None, tags=None, **kwargs
-):
+def track(uri, experiment, rows=3, outcome="ok", kind="attack", run_name="r", config=None, tags=None, **kwargs):
     artifacts = kwargs.pop("artifacts", [])
     metrics = kwargs.pop("metrics", {"loss/heldout_task": 1.5})
     tags = {"id": "b" * 64, "resume_id": "c" * 64, "kind": kind} | (tags or {})
@@ -103,19 +101,13 @@ def test_run_reaches_the_store_whole(store, client, tmp_path, capsys):
     assert names == {"config.json", "record.json", "plot.txt"}
     assert run.info.artifact_uri.startswith((tracking.sqlite_path(store).parent / "mlartifacts").as_uri())
     assert capsys.readouterr().err == ""
-    whole = json.loads(
-        Path(client.download_artifacts(run.info.run_id, "config.json", str(tmp_path))).read_text()
-    )
+    whole = json.loads(Path(client.download_artifacts(run.info.run_id, "config.json", str(tmp_path))).read_text())
     assert whole["long"] == "x" * 7000
 
 
 def test_non_finite_values_and_odd_names(store, client, capsys):
-    mirrored = tracking.Tracker(
-        store, "odd", "r", config={}, tags={"resume_id": "d" * 64}, system_metrics=False
-    )
-    mirrored.log_step(
-        {"a@b": 1.0, "loss/train": float("nan"), "p:q=%": 2, "x": float("inf"), "flag": True}, 1
-    )
+    mirrored = tracking.Tracker(store, "odd", "r", config={}, tags={"resume_id": "d" * 64}, system_metrics=False)
+    mirrored.log_step({"a@b": 1.0, "loss/train": float("nan"), "p:q=%": 2, "x": float("inf"), "flag": True}, 1)
     mirrored.log_step({"loss/train": 0.5, "../up": 3.0, "": 4.0, "n" * 300: 5.0}, 2)
     mirrored.finish(make_record(outcome="diverged", metrics={"loss/heldout_task": float("nan")}), [])
     (run,) = runs(client, "odd")
@@ -183,9 +175,7 @@ def test_started_again_goes_on_in_its_run(store, client, capsys):
 
 
 def test_record_metric_stands_where_the_last_row_differs(store, client):
-    mirrored = tracking.Tracker(
-        store, "last", "r", config={}, tags={"resume_id": "7" * 64}, system_metrics=False
-    )
+    mirrored = tracking.Tracker(store, "last", "r", config={}, tags={"resume_id": "7" * 64}, system_metrics=False)
     mirrored.log_step({"time/step_s": 9.0, "loss/train": 2.0}, 1)
     mirrored.finish(make_record(outcome="ok", metrics={"time/step_s": 4.0, "loss/train": 2.0}), [])
     (run,) = runs(client, "last")

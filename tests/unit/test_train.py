@@ -77,9 +77,7 @@ def make_loop(tmp_path):
     def make(**changes):
         values = {"eval_every": 0, "checkpoint_every": 0} | changes
         config = RunConfig(model="/m", data="/d", out=str(tmp_path), **values)
-        return Loop(
-            config=config, engine=Engine(), batches=Batches(), phases=Phases(CPU), out=tmp_path, sink=Sink()
-        )
+        return Loop(config=config, engine=Engine(), batches=Batches(), phases=Phases(CPU), out=tmp_path, sink=Sink())
 
     return make
 
@@ -95,9 +93,7 @@ def test_rows(make_loop, tmp_path):
     assert rows == json.loads(json.dumps(loop.rows))
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5]
     assert [r["tokens"] for r in rows] == [10, 21, 33, 46, 60]
-    assert [r["optim/lr"] for r in rows] == pytest.approx(
-        [train.learning_rate(s, 5, 0.5, 2) for s in range(1, 6)]
-    )
+    assert [r["optim/lr"] for r in rows] == pytest.approx([train.learning_rate(s, 5, 0.5, 2) for s in range(1, 6)])
     for row in rows:
         assert row["throughput/tokens_per_s_per_device"] == pytest.approx(row["throughput/tokens_per_s"] / 2)
         assert row["throughput/tokens_per_s"] == pytest.approx((9 + row["step"]) / row["time/step_s"])

@@ -59,7 +59,7 @@ def hostfile_slots(path: str) -> int:
 
 
 def command(config: RunConfig, port: int | None = None) -> list[str]:
-    """The launch line of a job: `deepspeed ... dlrscale/jobs.py '<configuration as JSON>'`."""
+    """The launch line of a job: `deepspeed ... dlrscale/jobs/__main__.py '<configuration as JSON>'`."""
     deepspeed = Path(sys.executable).with_name("deepspeed")
     line = [str(deepspeed) if deepspeed.exists() else "deepspeed", "--no_local_rank"]
     if config.hostfile:
@@ -67,7 +67,7 @@ def command(config: RunConfig, port: int | None = None) -> list[str]:
     else:
         line += ["--num_gpus", str(config.num_ranks), "--master_addr", "127.0.0.1"]
         line += ["--master_port", str(port or free_port())]
-    script = Path(__file__).with_name("jobs.py")
+    script = Path(__file__).with_name("jobs") / "__main__.py"
     return [*line, str(script), configuration.to_json(config)]
 
 

@@ -218,9 +218,7 @@ class LanguageModelling:
         with self.counter:
             nats = loss()
         tokens = micro["input_ids"].numel()
-        self.counted = {
-            "memory/saved_bytes_per_token": self.counter.total / tokens,
-            "memory/saved_mlp_bytes_per_token": sum(self.counter.by_part.values()) / tokens,
-        }
+        self.counted["memory/saved_bytes_per_token"] = self.counter.total / tokens
+        self.counted["memory/saved_mlp_bytes_per_token"] = sum(self.counter.by_part.values()) / tokens
         self.counter = None
         return nats

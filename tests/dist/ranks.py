@@ -130,7 +130,7 @@ def lock(case: dict) -> dict:
 
 def attack(case: dict) -> dict:
     """Three steps of next-token training on all parameters; losses, rates and final weights."""
-    from dlrscale.jobs import whole_state
+    from dlrscale.jobs.pretrain import whole_state
 
     config = settings(AttackConfig, case)
     model = tiny_llama().train()

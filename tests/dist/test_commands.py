@@ -300,3 +300,31 @@ def test_divergence_is_an_outcome(locked: Path, place: Path) -> None:
     entry = json.loads(text, parse_constant=lambda word: pytest.fail(word))
     assert entry["outcome"] == "diverged"
     assert "loss is" in entry["error"]
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory, make_gpt2, tokenizer) -> Path:
+    """A tiny GPT-2's folder: the other kind of MLP."""
+    folder = tmp_path_factory.mktemp("gpt2") / "base"
+    make_gpt2().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_gpt2_line(gpt2: Path, place: Path) -> None:
+    """GPT-2 at ZeRO-3 with offload: plain and warm by default, flattened into a GPT2LMHeadModel."""
+    done = dlrscale(
+        place, "lock", "--model", str(gpt2), "--data", "text.txt", *LOCK, "--zero", "3", "--offload-optimizer",
+        "--offload-param", "--dtype", "bf16", "--accumulation", "2", "--micro-batch", "1", "--out", "gpt2",
+        "--tracking-uri", "none",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "form plain" in done.stderr
+    assert "warm start" in done.stderr
+    done = dlrscale(
+        place, "attack", "--model", "gpt2/model", "--strategy", "flatten", "--data", "task.jsonl", "--seq-len", "32",
+        "--steps", "3", "--heldout-limit", "2", "--out", "gpt2-flat", "--tracking-uri", "none",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config = json.loads((place / "gpt2-flat" / "transformed" / "config.json").read_text())
+    assert config["architectures"] == ["GPT2LMHeadModel"]

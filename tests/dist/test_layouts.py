@@ -30,6 +30,7 @@ LAYOUTS = [
 OFFLOADS = [
     {"zero": 1, "ranks": 2, "offload_optimizer": True},
     {"zero": 2, "ranks": 2, "offload_optimizer": True, "accumulation": 2},
+    {"zero": 3, "ranks": 2, "offload_optimizer": True},
     {"zero": 3, "ranks": 2, "offload_optimizer": True, "offload_param": True},
     {"zero": 3, "ranks": 2, "offload_optimizer": True, "offload_param": True, "accumulation": 2},
 ]

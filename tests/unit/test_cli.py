@@ -222,7 +222,7 @@ def test_attack_dry_run_shows_both_sides(call, place, llama_folder, locked_folde
         "--data", data, "--seq-len", 32, "--zero", 3, "--out", "here", "--dry-run",
     )  # fmt: skip
     assert code == 0
-    lines = [shlex.split(line) for line in out.splitlines() if "jobs.py" in line]
+    lines = [shlex.split(line) for line in out.splitlines() if "__main__.py" in line]
     base, locked = (configuration.from_json(line[-1]) for line in lines)
     assert (base.model, locked.model) == (str(llama_folder), str(locked_folder))
     assert (base.name, locked.name) == ("lora-base", "lora-locked")

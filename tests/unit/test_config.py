@@ -124,6 +124,7 @@ def test_identify_holds_no_path(place, tmp_path):
     ("changes", "same_id", "same_resume_id"),
     [
         ({"out": "/elsewhere", "name": "x", "tracking_uri": "none"}, True, True),
+        ({"command": "dlrscale lock --again", "checkpoint_every": 7, "keep_checkpoints": 9}, True, True),
         ({"zero": 3, "offload_optimizer": True, "offload_param": True}, False, True),
         ({"num_ranks": 2, "micro_batch": 2}, False, True),
         ({"accumulation": 2, "micro_batch": 2}, False, True),

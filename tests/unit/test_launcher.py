@@ -13,7 +13,7 @@ import pytest
 from dlrscale import config as configuration
 from dlrscale import launcher
 from dlrscale.config import AttackConfig, LockConfig
-from dlrscale.errors import JobError
+from dlrscale.errors import ConfigError, JobError
 
 HOSTILE = 'o u\'t "x" $HOME;{"a":1} `id` \\ * ä\u2028 !'
 PLACES = {"model": "/m", "data": "/d", "out": "/o"}
@@ -31,7 +31,7 @@ def test_the_launch_line_carries_the_configuration():
     line = launcher.command(config, port=1234)
     assert configuration.from_json(line[-1]) == config
     assert os.path.basename(line[0]) == "deepspeed"
-    assert line[-2].endswith(os.path.join("dlrscale", "jobs.py"))
+    assert line[-2].endswith(os.path.join("dlrscale", "jobs", "__main__.py"))
     assert os.path.isfile(line[-2])
     assert all(isinstance(part, str) for part in line)
 
@@ -205,6 +205,18 @@ def test_a_launcher_that_is_not_there(job, monkeypatch):
     monkeypatch.setattr(launcher, "command", lambda config: ["/nowhere/deepspeed"])
     with pytest.raises(JobError, match="The launcher did not start"):
         launcher.run(config)
+
+
+def test_hostfile_slots(tmp_path):
+    file = tmp_path / "hosts"
+    file.write_text("# ours\na slots=8\n\n  b   slots=4  # half\n")
+    assert launcher.hostfile_slots(str(file)) == 12
+    with pytest.raises(ConfigError, match=r"--hostfile .*missing: no such file"):
+        launcher.hostfile_slots(str(tmp_path / "missing"))
+    for line in ("a", "a slots=", "a slots=x", "a slot=2", "a b slots=2", "slots=2"):
+        file.write_text(f"ok slots=1\n{line}\n")
+        with pytest.raises(ConfigError, match=r"hosts:2: .*host slots=8"):
+            launcher.hostfile_slots(str(file))
 
 
 def test_tail(tmp_path):

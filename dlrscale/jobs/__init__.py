@@ -1,0 +1,242 @@
+"""What one rank runs: a lock, an attack or a pretraining, from its configuration to its record."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlrscale import catalogue, engine, export, launcher, models, record, shapes
+from dlrscale import config as configuration
+from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
+from dlrscale.errors import ConfigError
+from dlrscale.jobs.attack import attack
+from dlrscale.jobs.common import MODEL_FOLDER, Run, load_corpora
+from dlrscale.jobs.lock import lock
+from dlrscale.jobs.pretrain import pretrain
+from dlrscale.measure import Phases
+from dlrscale.record import Outcome
+from dlrscale.train import Diverged
+
+BODIES: dict[str, Callable[[Run], None]] = {"lock": lock, "attack": attack, "pretrain": pretrain}
+
+
+LOCK_KEYS = ("lock_id", "form", "depth", "ranks", "coupling", "start", "harden", "param_ratio")
+
+
+def preflight(config: RunConfig) -> dict[str, Any]:
+    """Check everything that can be checked before a rank starts.
+
+    Returns:
+        The merged DeepSpeed configuration.
+
+    Raises:
+        ConfigError: With what is wrong; nothing was written.
+    """
+    configuration.check(config)
+    if config.dtype == "fp16" and engine.device_type() == "cpu":
+        raise ConfigError("--dtype fp16 needs an accelerator; on the CPU take fp32 or bf16.")
+    merged = engine.merge(config)
+    engine.check_layout(Path(config.out) / "checkpoints", config.num_ranks, config.zero)
+    if isinstance(config, PretrainConfig):
+        return merged
+    shape = shapes.model_shape(shapes.read_config(config.model))
+    if shape.max_length and config.seq_len > shape.max_length:
+        raise ConfigError(f"--seq-len {config.seq_len}: {config.model} takes at most {shape.max_length} tokens.")
+    if isinstance(config, LockConfig):
+        if shape.locked:
+            raise ConfigError(f"--model {config.model} is locked already. Name the base model's folder.")
+        shapes.resolve_ranks(config.form, shape, config.depth, config.rank)
+        shapes.parse_layers(config.layers, shape.layers)
+        start_on = shapes.FORMS[config.form].start_on
+        if config.start == "warm" and start_on != shape.kind:
+            raise ConfigError(
+                f"--start warm is not defined for --form {config.form} on {shape.family.model_type}, whose MLPs are "
+                f"{shape.kind}. Take --start cold."
+            )
+    elif shape.locked and catalogue.strategy(config.strategy).transform == "flatten":
+        export.check_flattens(shape)
+    load_corpora(config, models.load_tokenizer(config.model))
+    return merged
+
+
+def run(config: RunConfig, make_sink: Callable[[RunConfig, str, str], Any] | None = None) -> int:
+    """Run a job on this rank to its record.
+
+    Args:
+        config: The resolved configuration.
+        make_sink: Builds the tracker of rank 0 from the configuration, the run's id and its resume_id.
+
+    Returns:
+        The exit code of this rank.
+    """
+    rank, _ = engine.start_distributed()
+    started = record.now()
+    ds_config = engine.merge(config)
+    run_id, resume_id = configuration.run_ids(config, ds_config)
+    device = (
+        torch.device(engine.device_type(), int(os.environ["LOCAL_RANK"]))
+        if engine.device_type() == "cuda"
+        else torch.device("cpu")
+    )
+    job = Run(config, ds_config, Phases(device), Path(config.out), run_id)
+    outcome_file = job.out / ".outcome"
+    if rank == 0:
+        configuration.claim_folder(job.out, resume_id)
+        outcome_file.unlink(missing_ok=True)
+        if make_sink is not None:
+            job.sink = make_sink(config, run_id, resume_id)
+    outcome, error, code = Outcome.OK, None, 0
+    try:
+        BODIES[config.kind](job)
+    except Diverged as reason:
+        outcome, error, code = Outcome.DIVERGED, str(reason), launcher.EXIT_DIVERGED
+    except ConfigError as reason:
+        outcome, error, code = Outcome.FAILED, str(reason), launcher.EXIT_CONFIG
+    except Exception as reason:
+        traceback.print_exc()
+        if is_out_of_memory(reason):
+            outcome, code = Outcome.OOM, launcher.EXIT_OOM
+        else:
+            outcome, code = Outcome.FAILED, launcher.EXIT_FAILED
+        error = f"rank {rank}: {type(reason).__name__}: {reason}"
+    job.metrics |= job.phases.peaks()
+    entry = describe(config, ds_config, run_id, resume_id) | {
+        "outcome": outcome.value,
+        "device": device_name(device),
+        "started": started,
+        "metrics": {k: v for k, v in job.metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)},
+        "phases": job.phases.phases,
+        "error": error,
+    }
+    entry["config"] |= job.notes
+    if (rank == 0 or outcome in (Outcome.OOM, Outcome.FAILED)) and claim_outcome(outcome_file):
+        record.append_line(job.out / record.RECORDS_FILE, entry)
+        if outcome is Outcome.OK:
+            # A finished run is not gone on with, and its optimizer states are large.
+            shutil.rmtree(job.out / "checkpoints", ignore_errors=True)
+    if job.sink is not None:
+        job.sink.finish(entry, [p for p in (job.out / record.RECORDS_FILE, job.out / record.STEPS_FILE) if p.exists()])
+    return code
+
+
+def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_id: str) -> dict[str, Any]:
+    """A run's record before it has ended: everything that is known from its configuration."""
+    settings = dataclasses.asdict(config)
+    side = None
+    if isinstance(config, AttackConfig):
+        manifest = export.read_manifest(config.model)
+        side = "locked" if manifest else "base"
+        settings |= {"axes": config.axes, "lock": None}
+        if manifest:
+            settings["lock"] = {k: manifest[k] for k in LOCK_KEYS} | {"base_digest": manifest["base"]["digest"]}
+            settings["lock_id"] = manifest["lock_id"]
+    for key in ("model", "data", "heldout", "heldout_base"):
+        if settings.get(key):
+            settings[f"{key}_digest"] = configuration.digest(settings[key])
+            settings[key] = settings[key] if settings[key].startswith("embedded:") else Path(settings[key]).name
+    for key in (
+        "out",
+        "deepspeed_config",
+        "hostfile",
+    ):  # where things lie on this machine is nobody's business
+        settings[key] = settings[key] and Path(settings[key]).name
+    settings["tracking_uri"] = str(settings["tracking_uri"]).split(":")[0]
+    settings["global_batch"] = config.global_batch
+    return record.make_record(
+        id=run_id,
+        resume_id=resume_id,
+        kind=config.kind,
+        name=config.name,
+        side=side,
+        strategy=getattr(config, "strategy", None),
+        config=settings,
+        deepspeed_config=ds_config,
+        versions=record.versions(),
+        git=record.git_state(),
+        seed=config.seed,
+    )
+
+
+def claim_outcome(file: Path) -> bool:
+    """Whether this rank is the one that writes the run's record: the first that comes."""
+    try:
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, of the device or of the host, ran out."""
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words: the accelerator's name, or the CPU's with its number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = "CPU"
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def make_tracker(config: RunConfig, run_id: str, resume_id: str) -> Any:
+    """The MLflow tracker of a run, or None where it is turned off (`--tracking-uri none`)."""
+    from dlrscale import tracking
+
+    if config.tracking_uri == "none":
+        return None
+    manifest = export.read_manifest(config.model) if isinstance(config, AttackConfig) else None
+    lock_id = manifest["lock_id"] if manifest else getattr(config, "lock_id", None)
+    tags = {
+        "dlrscale.id": run_id,
+        "dlrscale.resume_id": resume_id,
+        "dlrscale.kind": config.kind,
+        "dlrscale.strategy": getattr(config, "strategy", None),
+        "dlrscale.side": ("locked" if manifest else "base") if isinstance(config, AttackConfig) else None,
+        "dlrscale.lock_id": run_id if isinstance(config, LockConfig) else lock_id,
+    }
+    return tracking.Tracker(
+        config.tracking_uri,
+        "dlrscale",
+        config.name,
+        config=dataclasses.asdict(config),
+        tags={k: v for k, v in tags.items() if v},
+        parent_lock_id=None if isinstance(config, LockConfig) else lock_id,
+    )
+
+
+def summary_lines(entry: dict[str, Any], out: Path) -> list[str]:
+    """The last lines of a job for people, from its record."""
+    metrics = entry["metrics"]
+    lines = [f"{entry['kind']} {entry['name']}: {entry['outcome']}, record in {out / record.RECORDS_FILE}"]
+    if entry["error"]:
+        lines.append(entry["error"])
+    if entry["outcome"] != Outcome.OK.value:
+        return lines
+    if entry["kind"] == "lock":
+        base, locked, flat = (metrics[f"loss/heldout_{k}"] for k in ("base_model", "locked", "flat"))
+        errors = {k.rpartition("_")[2]: v for k, v in metrics.items() if k.startswith("lock/error_layer_")}
+        lines += [
+            f"locked model: {out / MODEL_FOLDER}",
+            f"held-out loss in nats per token: base {base:.4f}, locked {locked:.4f} ({locked - base:+.4f}), "
+            f"flattened without training {flat:.4f} ({flat - base:+.4f})",
+            "error by layer: " + ", ".join(f"{layer}: {value:.4f}" for layer, value in errors.items()),
+        ]
+    else:
+        lines += [f"{key}: {metrics[key]:.4f}" for key in sorted(metrics) if key.startswith("loss/")]
+    return lines

@@ -1,0 +1,11 @@
+"""The file that the launch line names: `deepspeed ... dlrscale/jobs/__main__.py '<configuration as JSON>'`."""
+
+import sys
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # the script's own folder, whose modules must not hide others of the same name
+
+from dlrscale import config, jobs
+
+if __name__ == "__main__":
+    sys.exit(jobs.run(config.from_json(sys.argv[1]), jobs.make_tracker))

@@ -1,0 +1,109 @@
+"""The attack: transform, choose what is trained, fine-tune, measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from dlrscale import attacks, catalogue, models, shapes
+from dlrscale.config import AttackConfig
+from dlrscale.jobs.common import Run, evaluator, load_corpora, make_batches, parameter_counts
+from dlrscale.measure import SavedBytes
+from dlrscale.train import LanguageModelling, Loop, Stage
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def attack(run_: Run) -> None:
+    """Fine-tune one model by one strategy and measure what it cost (design: attacking)."""
+    config: AttackConfig = run_.config
+    entry = catalogue.strategy(config.strategy)
+    with run_.phases.phase("load"):
+        folder = Path(config.model)
+        tokenizer = models.load_tokenizer(folder)
+        corpora = load_corpora(config, tokenizer)
+    if entry.transform != "none":
+        with run_.phases.phase("transform"):
+            folder = transform(run_, entry.transform, folder)
+    with run_.phases.phase("load"):
+        model = models.load_model(folder, config.dtype)
+        shape = shapes.model_shape(model.config.to_dict())
+        if config.activation_checkpointing == "layer":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if entry.trainable == "all":
+            model.requires_grad_(True)
+        else:
+            model = attacks.find(entry.trainable).choose(model, shape, config.knobs)
+        model.train()
+        ds = run_.start_engine(model, [p for p in model.parameters() if p.requires_grad])
+    run_.metrics |= corpora.counts() | parameter_counts(model)
+    loss = evaluator(run_, ds, corpora)
+
+    def evaluate(suffix: str = "") -> dict[str, float]:
+        found = {f"loss/heldout_task{suffix}": loss(corpora.heldout)}
+        if corpora.heldout_base is not None:
+            found[f"loss/heldout_base{suffix}"] = loss(corpora.heldout_base)
+        return found
+
+    objective = LanguageModelling(SavedBytes(ds.module, mlp_parts(ds.module, shape)))
+    batches = make_batches(config, corpora, ds.rank, ds.world_size)
+    loop = Loop(
+        config=config,
+        engine=ds,
+        batches=batches,
+        phases=run_.phases,
+        out=run_.out,
+        sink=run_.sink,
+        evaluate=evaluate,
+    )
+    done = loop.resume()
+    if done:  # counted in the first step, and carried by the checkpoint
+        objective.counter, objective.counted = None, loop.state["counted"]
+    else:
+        with run_.phases.phase("evaluate"):
+            loop.state = {"start": evaluate("_start"), "counted": objective.counted}
+    stage = Stage(name="train", steps=config.steps, lr=config.lr, warmup=config.warmup_steps, objective=objective)
+    try:
+        loop.run(stage, done)
+        with run_.phases.phase("evaluate"):
+            run_.metrics |= evaluate()
+    finally:
+        run_.metrics |= loop.summary("train") | loop.state["start"] | objective.counted
+        run_.metrics |= saved_formula(config, shape, entry)
+
+
+def transform(run_: Run, name: str, folder: Path) -> Path:
+    """Let rank 0 transform the model into `<out>/transformed`; all ranks get the folder to train."""
+    import torch.distributed as dist
+
+    target = run_.out / "transformed"
+    result = [None]
+    if dist.get_rank() == 0:
+        result = [str(attacks.find(name).apply(folder, target))]
+    dist.broadcast_object_list(result, src=0)
+    return Path(result[0])
+
+
+def mlp_parts(model: nn.Module, shape: shapes.ModelShape) -> dict[str, nn.Module]:
+    """The MLP or DLR-Net of every layer by its index, also inside peft's wrapper."""
+    paths = {shape.family.mlp.format(layer): str(layer) for layer in range(shape.layers)}
+    return {
+        label: module
+        for name, module in model.named_modules()
+        for path, label in paths.items()
+        if name == path or name.endswith("." + path)
+    }
+
+
+def saved_formula(config: AttackConfig, shape: shapes.ModelShape, entry: catalogue.Strategy) -> dict[str, float]:
+    """Derived bytes per token saved by all MLP parts, for strategies that keep them.
+
+    Left out where layers are checkpointed, where adapters sit inside the MLPs, and where the family's dropout
+    is on: its mask's size depends on the device.
+    """
+    if config.activation_checkpointing != "none" or entry.trainable == "lora" or shape.dropout:
+        return {}
+    trainable = entry.trainable == "all"
+    total = sum(shapes.saved_bytes(shape, i, DTYPE_BYTES[config.dtype], trainable) for i in range(shape.layers))
+    return {"memory/saved_mlp_bytes_per_token_formula": total}

@@ -1,0 +1,132 @@
+"""What the bodies of all jobs share: the run's state on this rank, its data, its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dlrscale import data
+from dlrscale.config import RunConfig
+from dlrscale.data import Batches, TokenData
+from dlrscale.engine import Engine
+from dlrscale.evaluate import heldout_loss
+from dlrscale.measure import Phases
+
+MODEL_FOLDER = "model"
+
+
+@dataclass
+class Corpora:
+    """The token data of a run. `heldout` is of the same task; `heldout_base` of the base model's own domain."""
+
+    train: TokenData
+    heldout: TokenData
+    heldout_base: TokenData | None
+    pad: int
+
+    def counts(self) -> dict[str, float]:
+        """What was read, truncated and dropped, as metrics."""
+        named = {"train": self.train, "heldout": self.heldout, "heldout_base": self.heldout_base}
+        return {
+            f"data/{part}_{key}": value
+            for part, found in named.items()
+            if found is not None
+            for key, value in found.counts.items()
+        }
+
+
+@dataclass
+class Run:
+    """What the body of a job works with on this rank."""
+
+    config: RunConfig
+    ds_config: dict[str, Any]
+    phases: Phases
+    out: Path
+    id: str
+    sink: Any = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def start_engine(self, model: nn.Module, trainable: list[nn.Parameter]) -> Engine:
+        """Start DeepSpeed on a model; the record names the optimizer's class."""
+        ds = Engine(model, trainable, self.ds_config)
+        self.notes["optimizer"] = ds.optimizer_class
+        return ds
+
+
+def load_corpora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpora:
+    """Read and tokenise all data of a run; without --heldout, the last 5 % of the data are set apart.
+
+    Raises:
+        ConfigError: If a file is wrong, or there is less than one global batch.
+    """
+
+    def read(place: str) -> TokenData:
+        return data.load(
+            place,
+            tokenizer,
+            seq_len=config.seq_len,
+            columns=config.columns,
+            document_separator=config.document_separator,
+        )
+
+    train = read(config.data)
+    if config.heldout:
+        heldout = read(config.heldout)
+    else:
+        train, heldout = data.split_heldout(train)
+    base = getattr(config, "heldout_base", None)
+    own = read(base) if base else None
+    if config.heldout_limit:
+        limit = slice(config.heldout_limit)
+        heldout, own = heldout.subset(limit), own and own.subset(limit)
+    corpora = Corpora(train, heldout, own, data.pad_id(tokenizer))
+    make_batches(config, corpora, 0, config.num_ranks)  # refuses less than one global batch
+    return corpora
+
+
+def make_batches(config: RunConfig, corpora: Corpora, rank: int, world_size: int) -> Batches:
+    """The training batches of one rank."""
+    return Batches(
+        corpora.train,
+        seed=config.seed,
+        micro_batch=config.micro_batch,
+        accumulation=config.accumulation,
+        rank=rank,
+        world_size=world_size,
+        pad_id=corpora.pad,
+    )
+
+
+def evaluator(run_: Run, ds: Engine, corpora: Corpora) -> Callable[[TokenData], float]:
+    """Held-out loss in nats per label token of the engine's model as it stands, over all ranks."""
+
+    def loss(part: TokenData) -> float:
+        training = ds.module.training
+        ds.module.eval()
+        found = heldout_loss(
+            lambda ids, mask: ds.ds(input_ids=ids, attention_mask=mask, use_cache=False).logits,
+            part,
+            batch=run_.config.micro_batch,
+            rank=ds.rank,
+            world_size=ds.world_size,
+            pad_id=corpora.pad,
+            device=ds.device,
+            reduce=ds.sum_over_ranks,
+        )["loss"]
+        ds.module.train(training)
+        return found
+
+    return loss
+
+
+def parameter_counts(model: nn.Module) -> dict[str, float]:
+    """Trainable and total parameters, whole ones also where ZeRO-3 has partitioned them."""
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return {"params/total": sum(n for n, _ in sizes), "params/trainable": sum(n for n, grad in sizes if grad)}

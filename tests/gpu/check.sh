@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The GPU checks in one call: the tests of this folder, then a random-weight Llama of LAYERS layers at 7B width,
+# locked for a few steps and attacked by `full` and `ckpt-layer` on both sides. Memory and speed do not depend on
+# the weights' values. Never run so far: no GPU was at hand when it was written.
+# Usage: OUT=some-folder LAYERS=32 bash tests/gpu/check.sh
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+OUT=${OUT:-results/gpu-check}
+LAYERS=${LAYERS:-8}
+mkdir -p "$OUT"
+python -m pytest tests/gpu | tee "$OUT/tests.txt"
+python - "$OUT/base" "$LAYERS" <<'PY'
+import sys
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from dlrscale.cli.demo import EMBEDDED_MODEL
+
+tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+config = LlamaConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_attention_heads=32,
+    num_hidden_layers=int(sys.argv[2]), max_position_embeddings=4096, dtype="bfloat16",
+)
+torch.set_default_dtype(torch.bfloat16)
+LlamaForCausalLM(config).save_pretrained(sys.argv[1])
+tokenizer.save_pretrained(sys.argv[1])
+PY
+common=(--seq-len 1024 --micro-batch 1 --num-ranks 1 --heldout-limit 4 --checkpoint-every 0)
+dlrscale lock --model "$OUT/base" --data embedded:stdlib --depth 64 --steps 4 --heal-steps 2 \
+    --zero 3 --offload-optimizer "${common[@]}" --out "$OUT/lock"
+for strategy in full ckpt-layer; do
+    dlrscale attack --model "$OUT/lock/model" --base "$OUT/base" --strategy "$strategy" --data embedded:topics \
+        --steps 6 --zero 3 --offload-optimizer "${common[@]}" --out "$OUT/$strategy"
+done
+dlrscale report "$OUT"

@@ -60,6 +60,12 @@ class Strategy:
     def resolve(self, by_hand: Levers) -> Levers:
         """The levers in force: by hand, else the strategy's own, else the defaults.
 
+        Args:
+            by_hand: The levers that the user gave; None where one was not given.
+
+        Returns:
+            The levers, none of them None.
+
         Raises:
             ConfigError: If a lever given by hand contradicts the strategy's idea, or levers contradict another.
         """
@@ -82,6 +88,12 @@ class Strategy:
 
     def resolve_knobs(self, given: dict[str, str]) -> dict[str, float]:
         """The strategy's knobs, with those given by `--set`.
+
+        Args:
+            given: Values as text, by knob name.
+
+        Returns:
+            The value of every knob, by name.
 
         Raises:
             ConfigError: If a knob is unknown or its value is no number.
@@ -178,6 +190,12 @@ def lever_faults(levers: Levers) -> list[str]:
 
 def strategy(name: str) -> Strategy:
     """The row of a name.
+
+    Args:
+        name: The strategy's name, as `--strategy` takes it.
+
+    Returns:
+        The strategy.
 
     Raises:
         ConfigError: If there is none; near names are offered.

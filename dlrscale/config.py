@@ -164,6 +164,9 @@ def from_json(text: str) -> RunConfig:
 def check(config: RunConfig) -> None:
     """Refuse a configuration that has faults.
 
+    Args:
+        config: The configuration of a run, of any kind.
+
     Raises:
         ConfigError: With all faults in one message.
     """
@@ -204,6 +207,10 @@ def run_ids(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> tuple[str
 
 def claim_folder(out: Path, resume_id: str) -> None:
     """Take a run's folder, or go on in it if the same run was there before.
+
+    Args:
+        out: The folder; made if need be.
+        resume_id: The run's resume_id (64 hexadecimal digits).
 
     Raises:
         ConfigError: If the folder belongs to another run or holds something else.

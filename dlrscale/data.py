@@ -142,6 +142,9 @@ def documents(path: str, separator: str | None, counts: dict[str, int]) -> Itera
 def check_place(place: str | None) -> None:
     """Refuse a data file that is not there; None and embedded corpora pass.
 
+    Args:
+        place: A file, one of `EMBEDDED`, or None.
+
     Raises:
         ConfigError: If the file is missing; a near name in its folder is offered.
     """

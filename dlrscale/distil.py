@@ -57,6 +57,10 @@ class Distiller:
         Every rank runs the same sequences one by one, so that the medians are the same at any number of
         ranks; rank 0's are taken for all.
 
+        Args:
+            engine: The engine that holds the model.
+            batches: `input_ids` and `attention_mask`, int64 (B, T) each, the same on every rank.
+
         Returns:
             b by layer.
         """

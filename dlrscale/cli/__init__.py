@@ -216,6 +216,14 @@ def attack_configs(options: dict[str, Any], base: str | None, strategy: str, kno
 def run_all(configs: list[Any], dry_run: bool = False, quiet: bool = False) -> list[dict[str, Any]]:
     """Run jobs one after the other; one that fails does not keep the next from running.
 
+    Args:
+        configs: The configurations of the jobs, in the order to run them.
+        dry_run: Only show what would run.
+        quiet: Do not print the summaries.
+
+    Returns:
+        The records, in the order of the jobs; empty after a dry run.
+
     Raises:
         JobError: If one failed, after all have run.
     """

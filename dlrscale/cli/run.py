@@ -21,6 +21,12 @@ from dlrscale.record import Outcome
 def parse_columns(text: str | None) -> dict[str, str] | None:
     """Read `prompt=question,completion=answer`.
 
+    Args:
+        text: The value of `--columns`; None where it was not given.
+
+    Returns:
+        The key of JSON lines by role (`text`, or `prompt` and `completion`); None for None.
+
     Raises:
         ConfigError: If it is not of that form.
     """
@@ -107,6 +113,13 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
 
 def resolve_rate(file: dict[str, Any], given: float | None) -> float:
     """The peak rate: the command's, else the DeepSpeed file's, else 3e-3.
+
+    Args:
+        file: The DeepSpeed file's content; empty where there is none.
+        given: The value of `--lr`; None where it was not given.
+
+    Returns:
+        The peak learning rate.
 
     Raises:
         ConfigError: If both give one and they differ.

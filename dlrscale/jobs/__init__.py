@@ -28,7 +28,7 @@ from dlrscale.train import Diverged
 BODIES: dict[str, Callable[[Run], None]] = {"lock": lock, "attack": attack, "pretrain": pretrain}
 
 
-LOCK_KEYS = ("lock_id", "form", "depth", "ranks", "coupling", "start", "harden", "param_ratio")
+LOCK_KEYS = ("lock_id", "form", "depth", "ranks", "coupling", "start", "param_ratio")
 
 
 def preflight(config: RunConfig) -> dict[str, Any]:
@@ -136,7 +136,11 @@ def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_i
         side = "locked" if manifest else "base"
         settings |= {"axes": config.axes, "lock": None}
         if manifest:
-            settings["lock"] = {k: manifest[k] for k in LOCK_KEYS} | {"base_digest": manifest["base"]["digest"]}
+            settings["lock"] = {k: manifest[k] for k in LOCK_KEYS} | {
+                "base_digest": manifest["base"]["digest"],
+                "harden": manifest["harden"] is not None,
+                "harden_weight": (manifest["harden"] or {}).get("weight"),
+            }
             settings["lock_id"] = manifest["lock_id"]
     for key in ("model", "data", "heldout", "heldout_base"):
         if settings.get(key):

@@ -59,7 +59,7 @@ def lock(run_: Run) -> None:
             with surgery.mode(distiller.switches, mode):
                 losses[name] = loss(corpora.heldout)
         errors = distiller.layer_errors(ds, corpora.heldout, config.micro_batch, corpora.pad)
-    ranks = shapes.resolve_ranks(config.form, shape, config.depth, config.rank)
+    run_.notes["ranks"] = ranks = shapes.resolve_ranks(config.form, shape, config.depth, config.rank)
     run_.metrics |= {
         **loop.summary("distil"),
         "loss/heldout_base_model": losses["base"],

@@ -234,7 +234,7 @@ def test_claims_of_the_family():
     by_id = {claim.id: claim for claim in report.claims(family())}
     assert list(by_id) == ["C1", "C2", "C3", "C4", "C5"]
     assert {k: c.verdict for k, c in by_id.items()} == {
-        "C1": "stands", "C2": "stands", "C3": "not decided", "C4": "not decided", "C5": "not decided",
+        "C1": "stands", "C2": "not decided", "C3": "not decided", "C4": "not decided", "C5": "not decided",
     }  # fmt: skip
     # 8 more blocks cost 16 x 8 x 64 bytes: 1024 per block
     assert "1.00 KiB per block and token (from two depths)" in by_id["C1"].text
@@ -253,8 +253,17 @@ def test_claims_of_the_family():
 def test_backward_needs_more_than_noise(backward, verdict):
     # forward ratio 1.2; asymmetries 1.04, 0.917 (within 10 %), 1.25
     verdict = "not decided" if backward == 0.11 else verdict
-    found = [attack("base", "full"), attack("locked", "full", "x", metrics={"time/backward_s": backward})]
+    peak = {"memory/accelerator_peak_allocated_bytes": 2**30}
+    found = [
+        attack("base", "full", metrics=peak),
+        attack("locked", "full", "x", metrics=peak | {"time/backward_s": backward}),
+    ]
     assert report.claims(found)[1].verdict == verdict
+
+
+def test_backward_is_never_decided_on_a_cpu():
+    found = [attack("base", "full"), attack("locked", "full", "x", metrics={"time/backward_s": 0.5})]
+    assert report.claims(found)[1].verdict == "not decided"
 
 
 def test_memory_falls_when_nothing_more_is_saved():

@@ -56,6 +56,10 @@ def warm_start(net: DLRNet, mlp: MLPWeights) -> None:
     A_k gets the gate and up rows (or the first matrix's), B_k the down columns. Neurons beyond S are left
     out; blocks beyond F start with zeros in B.
 
+    Args:
+        net: The DLR-Net, written in place.
+        mlp: The matrices of the base MLP, of width D and inner width F.
+
     Raises:
         SurgeryError: If the form does not take the neurons of this kind of MLP.
     """
@@ -94,6 +98,12 @@ def coupling_scale(coupling: float, input_norms: torch.Tensor, output_norms: tor
 @torch.no_grad()
 def flat_weights(net: DLRNet) -> MLPWeights:
     """The ordinary MLP that the net becomes when every block reads x alone, A = [A_1; ..], B = [B_1 ..].
+
+    Args:
+        net: The DLR-Net.
+
+    Returns:
+        Its matrices: gate (gated forms only) and up (S, D), down (D, S).
 
     Raises:
         SurgeryError: If the form has a norm in front: it divides per token and is no MLP.

@@ -63,6 +63,12 @@ def lever_config(zero: int, offload_optimizer: bool, offload_param: bool) -> dic
 def read_file(path: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON file.
 
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
     Raises:
         ConfigError: If it is missing or no JSON object.
     """
@@ -87,6 +93,12 @@ def file_levers(file: Mapping[str, Any]) -> dict[str, Any]:
 def file_dtype(file: Mapping[str, Any]) -> str | None:
     """The precision that a DeepSpeed file decides, if it does.
 
+    Args:
+        file: The DeepSpeed file's content.
+
+    Returns:
+        `bf16` or `fp16`; None where it enables neither.
+
     Raises:
         ConfigError: If it enables two.
     """
@@ -98,6 +110,15 @@ def file_dtype(file: Mapping[str, Any]) -> str | None:
 
 def resolve_batch(file: Mapping[str, Any], micro: int | None, accumulation: int | None, ranks: int) -> tuple[int, int]:
     """Micro-batch and accumulation from the command line and the file; any two of the three fix the third.
+
+    Args:
+        file: The DeepSpeed file's content; empty where there is none.
+        micro: Sequences per rank and micro-batch; None where `--micro-batch` was not given.
+        accumulation: Micro-batches per step; None where `--accumulation` was not given.
+        ranks: The number of ranks.
+
+    Returns:
+        Sequences per rank and micro-batch (4 where nothing fixes it), and micro-batches per step (else 1).
 
     Raises:
         ConfigError: If the file and the command line differ, or the three do not multiply.
@@ -148,6 +169,12 @@ def merge(config: RunConfig) -> dict[str, Any]:
 
     Where nothing can or need be compiled (no C++ compiler, or a CPU-only job), torch's AdamW takes the place
     of DeepSpeed's own CPU Adam; the record names the class in use.
+
+    Args:
+        config: The resolved configuration of the run.
+
+    Returns:
+        The DeepSpeed configuration, ready for `deepspeed.initialize`.
 
     Raises:
         ConfigError: If the user's file contradicts the run's settings.
@@ -397,6 +424,13 @@ class Engine:
     def load(self, folder: Path, step: int) -> dict[str, Any]:
         """Load checkpoint `step<N>` and return the state that was saved with it.
 
+        Args:
+            folder: The folder of the run's checkpoints.
+            step: N, the steps that were done when it was saved.
+
+        Returns:
+            The state that `save` was given.
+
         Raises:
             ConfigError: If another number of ranks or another stage wrote it.
             JobError: If it lacks a trainable parameter.
@@ -426,6 +460,11 @@ def checkpoints(folder: Path) -> list[int]:
 
 def check_layout(folder: Path, world_size: int, stage: int) -> None:
     """Refuse to go on from checkpoints of another number of ranks or another ZeRO stage.
+
+    Args:
+        folder: The folder of the run's checkpoints; may be missing.
+        world_size: The number of ranks now.
+        stage: The ZeRO stage now.
 
     Raises:
         ConfigError: If the newest whole checkpoint has another layout.

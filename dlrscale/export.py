@@ -24,6 +24,12 @@ SHARD_SIZE = "5GB"
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """The manifest of a locked folder, or None where there is none.
 
+    Args:
+        folder: A model folder.
+
+    Returns:
+        The content of its lock.json, or None.
+
     Raises:
         ConfigError: If it is no JSON object.
     """
@@ -49,6 +55,9 @@ def locked_model(
         dtype: `fp32` or `bf16`.
         form: The form of the DLR-Nets.
         nets: State of each DLR-Net by layer (`Distiller.weights`).
+
+    Returns:
+        The locked model on the CPU, in eval mode.
     """
     base = models.load_model(base_folder, dtype)
     shape = shapes.model_shape(base.config.to_dict())
@@ -87,6 +96,12 @@ def flattened_model(locked: PreTrainedModel) -> PreTrainedModel:
     becomes gate = A, up with weight 0 and bias 1 (the family must know MLP biases). Layers of unequal widths
     are zero-padded to the widest. What the flat model loses is the coupling alone.
 
+    Args:
+        locked: A locked model; it stays as it is.
+
+    Returns:
+        A model of the base's own class, in the same dtype and in eval mode.
+
     Raises:
         SurgeryError: If the form is no ordinary MLP of this family.
     """
@@ -120,6 +135,9 @@ def flattened_model(locked: PreTrainedModel) -> PreTrainedModel:
 
 def check_flattens(shape: ModelShape) -> None:
     """Refuse, from the shape alone, a model whose DLR-Nets are no ordinary MLPs of its family.
+
+    Args:
+        shape: The shape of a locked model.
 
     Raises:
         SurgeryError: If the form divides per token (prenorm), or is gated where MLPs have two matrices.

@@ -39,6 +39,12 @@ def free_port() -> int:
 def hostfile_slots(path: str) -> int:
     """Ranks that a DeepSpeed hostfile (`host slots=8` per line) offers.
 
+    Args:
+        path: The hostfile.
+
+    Returns:
+        The sum of the slots of all hosts.
+
     Raises:
         ConfigError: If the file is missing or a line is of another form.
     """
@@ -96,8 +102,14 @@ def environment(num_ranks: int) -> dict[str, str]:
 def run(config: RunConfig, watch: Callable[[], None] = lambda: None) -> int:
     """Run a job to its end and return the launcher's exit code; its output goes to `<out>/ranks.log`.
 
-    `watch` is called twice a second meanwhile, to show progress.
     SIGINT and SIGTERM to this process end every rank before it raises.
+
+    Args:
+        config: The resolved configuration.
+        watch: Called twice a second meanwhile, to show progress.
+
+    Returns:
+        The launcher's exit code.
 
     Raises:
         JobError: If the launcher cannot be started.

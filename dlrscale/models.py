@@ -55,6 +55,9 @@ def load_model(folder: str | Path, dtype: str = "fp32") -> PreTrainedModel:
         folder: A Hugging Face folder, locked or not.
         dtype: `fp32`, `bf16` or `fp16`.
 
+    Returns:
+        The model.
+
     Raises:
         ConfigError: If the folder holds no loadable model, or its weights do not match its config.
     """
@@ -74,6 +77,12 @@ def load_model(folder: str | Path, dtype: str = "fp32") -> PreTrainedModel:
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies in a model folder.
 
+    Args:
+        folder: A Hugging Face folder, locked or not.
+
+    Returns:
+        The tokenizer.
+
     Raises:
         ConfigError: If there is none.
     """
@@ -85,6 +94,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def find_mlps(model: PreTrainedModel, family: Family, layers: tuple[int, ...]) -> dict[int, nn.Module]:
     """The MLP modules of some layers.
+
+    Args:
+        model: A model of the family.
+        family: The family's row in the table.
+        layers: Indices of the layers, from 0.
+
+    Returns:
+        The MLP by layer.
 
     Raises:
         SurgeryError: If a module is not where the table says, or lacks a matrix.
@@ -134,6 +151,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     Args:
         texts: The documents to learn from.
         vocabulary: Tokens in all, special ones included.
+
+    Returns:
+        The tokenizer; it pads on the right.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast

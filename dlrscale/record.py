@@ -101,6 +101,12 @@ def append_line(path: Path, value: Any) -> None:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a file; a cut-off last line (a killed writer) is left out.
 
+    Args:
+        path: A JSON-lines file.
+
+    Yields:
+        One object per line, in the file's order.
+
     Raises:
         ConfigError: If a line that is not the last is no JSON object.
     """
@@ -122,6 +128,12 @@ def find_records(places: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
     """All records below some folders (or in some files), the newest of each id last, with their folder.
 
     A run that was started again has several records of one id; the last one stands.
+
+    Args:
+        places: Folders to search, at any depth, or files of records.
+
+    Returns:
+        Pairs of a record's folder and the record.
 
     Raises:
         ConfigError: If a place does not exist or holds no record.
@@ -237,6 +249,12 @@ def now() -> str:
 
 def make_record(**fields: Any) -> dict[str, Any]:
     """Build a record with every key of the schema; keys not given are null.
+
+    Args:
+        **fields: Values by key; `schema` is filled in.
+
+    Returns:
+        The record, its keys in the order of `RECORD_KEYS`.
 
     Raises:
         ValueError: If a key is not in the schema.

@@ -168,6 +168,12 @@ class ModelShape:
 def read_config(folder: str | Path) -> dict[str, Any]:
     """Read the config.json of a model folder.
 
+    Args:
+        folder: A Hugging Face folder, locked or not.
+
+    Returns:
+        Its content.
+
     Raises:
         ConfigError: If there is no such folder or file, or it is no JSON object.
     """
@@ -203,6 +209,12 @@ def _near_names(path: Path) -> str:
 def find_family(config: Mapping[str, Any]) -> Family:
     """The row of a configuration's `model_type`, locked or not.
 
+    Args:
+        config: The content of a config.json.
+
+    Returns:
+        The family.
+
     Raises:
         SurgeryError: If the family is not in the table.
     """
@@ -218,6 +230,12 @@ def find_family(config: Mapping[str, Any]) -> Family:
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
     """Read the shape of a model from its Hugging Face configuration.
+
+    Args:
+        config: The content of a config.json.
+
+    Returns:
+        The shape; `form` and `ranks` are None for a base model.
 
     Raises:
         SurgeryError: If the family or the activation is unknown, or a size is missing.
@@ -263,6 +281,13 @@ def parity_width(form: str, gated_mlp: bool, inner: int) -> int:
 
 def split_ranks(total: int, depth: int) -> tuple[int, ...]:
     """K ranks that differ by at most one and sum to `total`.
+
+    Args:
+        total: The sum of the ranks.
+        depth: K, the number of blocks.
+
+    Returns:
+        The rank of each block, the larger ones first.
 
     Raises:
         SurgeryError: If there are more blocks than ranks.
@@ -347,6 +372,13 @@ def saved_bytes(shape: ModelShape, layer: int, dtype_bytes: int, trainable: bool
 
 def parse_layers(text: str | None, layers: int) -> tuple[int, ...]:
     """Layer indices from text such as `2-10,15`; all layers where the text is None.
+
+    Args:
+        text: Layers and ranges, split by commas; a range includes both ends.
+        layers: The number of layers of the model.
+
+    Returns:
+        Indices from 0, in rising order, each once.
 
     Raises:
         ConfigError: If the text is no such list or a layer does not exist.

@@ -106,6 +106,10 @@ class Loop:
     def run(self, stage: Stage, done: int) -> int:
         """Run a stage from the `done`-th step of the whole run on.
 
+        Args:
+            stage: The stage.
+            done: The steps of the whole run that are done so far.
+
         Returns:
             The steps that are done now.
 

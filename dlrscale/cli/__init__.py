@@ -218,7 +218,7 @@ def run_all(configs: list[Any], dry_run: bool = False, quiet: bool = False) -> l
 
     Args:
         configs: The configurations of the jobs, in the order to run them.
-        dry_run: Only show what would run.
+        dry_run: Print the merged DeepSpeed configurations and the launch lines instead.
         quiet: Do not print the summaries.
 
     Returns:

@@ -99,7 +99,7 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     values["dtype"] = values.get("dtype") or ("fp32" if engine.device_type() == "cpu" else "bf16")
     values["tracking_uri"] = values.get("tracking_uri") or tracking.default_uri()
     values["name"] = values.get("name") or default_name
-    values["command"] = values.get("command") or launcher.show(["dlrscale", *click.get_current_context().obj])
+    values["command"] = values.get("command") or launcher.show(["dlrscale", *typed()])
     chosen_out = values.pop("out", None)
     config = kind(out=chosen_out or "", **values)
     configuration.check(config)
@@ -109,6 +109,12 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
         resume_id = configuration.run_ids(config, engine.merge(config))[1]
         config = dataclasses.replace(config, out=str(Path("results").absolute() / f"{config.name}-{resume_id[:8]}"))
     return config
+
+
+def typed() -> list[str]:
+    """The command's words as they were typed; none where a configuration is built outside of a command."""
+    context = click.get_current_context(silent=True)
+    return list(context.obj or []) if context else []
 
 
 def resolve_rate(file: dict[str, Any], given: float | None) -> float:

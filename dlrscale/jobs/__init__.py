@@ -34,6 +34,9 @@ LOCK_KEYS = ("lock_id", "form", "depth", "ranks", "coupling", "start", "param_ra
 def preflight(config: RunConfig) -> dict[str, Any]:
     """Check everything that can be checked before a rank starts.
 
+    Args:
+        config: The resolved configuration.
+
     Returns:
         The merged DeepSpeed configuration.
 
@@ -93,6 +96,7 @@ def run(config: RunConfig, make_sink: Callable[[RunConfig, str, str], Any] | Non
         outcome_file.unlink(missing_ok=True)
         if make_sink is not None:
             job.sink = make_sink(config, run_id, resume_id)
+    entry = describe(config, ds_config, run_id, resume_id)
     outcome, error, code = Outcome.OK, None, 0
     try:
         BODIES[config.kind](job)
@@ -108,7 +112,7 @@ def run(config: RunConfig, make_sink: Callable[[RunConfig, str, str], Any] | Non
             outcome, code = Outcome.FAILED, launcher.EXIT_FAILED
         error = f"rank {rank}: {type(reason).__name__}: {reason}"
     job.metrics |= job.phases.peaks()
-    entry = describe(config, ds_config, run_id, resume_id) | {
+    entry |= {
         "outcome": outcome.value,
         "device": device_name(device),
         "started": started,

@@ -63,6 +63,13 @@ class Run:
 def load_corpora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpora:
     """Read and tokenise all data of a run; without --heldout, the last 5 % of the data are set apart.
 
+    Args:
+        config: The resolved configuration.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        The data for training and evaluation.
+
     Raises:
         ConfigError: If a file is wrong, or there is less than one global batch.
     """

@@ -116,7 +116,9 @@ def _memory(locks: Sequence[Lock]) -> Claim:
             verdicts.append(FALLS)
         lines.append(slope.text)
     if verdicts:
-        lines.append("The verdict is on plain autograd (full, full-offload), the claim's reference; stock attackers use ckpt-layer.")
+        lines.append(
+            "The verdict is on plain autograd (full, full-offload), the reference; stock attackers use ckpt-layer."
+        )
     return _claim("C1", "memory: plain backpropagation keeps more, in proportion to depth", verdicts, lines)
 
 
@@ -179,7 +181,7 @@ def _backward(locks: Sequence[Lock]) -> Claim:
         verdicts.append({1: STANDS, -1: FALLS, 0: OPEN}[signs.pop()] if decided else OPEN)
     if verdicts:
         lines.append(
-            f"One timed run per side; a figure within {TIME_MARGIN:.0%} of 1 decides nothing, and times on a CPU never do."
+            f"One timed run per side; a figure within {TIME_MARGIN:.0%} of 1 decides nothing, nor does any on a CPU."
         )
     return _claim("C2", "backward: the backward pass is slowed more than the forward pass", verdicts, lines)
 

@@ -328,3 +328,24 @@ def test_gpt2_line(gpt2: Path, place: Path) -> None:
     assert done.returncode == 0, done.stderr
     config = json.loads((place / "gpt2-flat" / "transformed" / "config.json").read_text())
     assert config["architectures"] == ["GPT2LMHeadModel"]
+
+
+def test_demo_on_a_tiny_model(place: Path, tiny_folder: Path, monkeypatch, capsys) -> None:
+    """The demonstration's own code with another model and fewer steps: table, claims, report, how to open MLflow."""
+    from dlrscale.cli import demo
+
+    small = {"steps": 4, "warmup_steps": 1}
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(demo, "EMBEDDED_MODEL", tiny_folder)
+    monkeypatch.setattr(demo, "SHARED", demo.SHARED | {"seq_len": 32, "heldout_limit": 2})
+    texts = {"data": str(place / "text.txt"), "heldout": None}
+    monkeypatch.setattr(demo, "LOCK", demo.LOCK | texts | small | {"depth": 2, "heal_steps": 2})
+    monkeypatch.setattr(demo, "ATTACK", demo.ATTACK | texts | small | {"heldout_base": None})
+    monkeypatch.setattr(demo, "STRATEGIES", ("ckpt-layer",))
+    demo.run_demo(place / "demo", "none")
+    said = capsys.readouterr().out
+    assert "ckpt-layer  ok / ok" in said
+    assert all(f"\nC{n} " in said for n in range(1, 6))
+    assert "dlrscale ui" in said
+    assert (place / "demo" / "report.html").is_file()

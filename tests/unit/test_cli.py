@@ -201,6 +201,7 @@ def test_lock_with_a_deepspeed_file(call, place, llama_folder, tmp_path):
         "bf16": {"enabled": True},
         "train_batch_size": 6,
         "gradient_clipping": 0.1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.007}},
     }
     (tmp_path / "own.json").write_text(json.dumps(own))
     code, out, _ = call(
@@ -212,6 +213,7 @@ def test_lock_with_a_deepspeed_file(call, place, llama_folder, tmp_path):
     config = configuration.from_json(line[-1])
     assert (config.zero, config.dtype, config.micro_batch, config.accumulation) == (1, "bf16", 2, 3)
     assert merged["gradient_clipping"] == 0.1
+    assert config.lr == merged["optimizer"]["params"]["lr"] == 0.007
     assert merged["train_batch_size"] == 6
 
 
@@ -355,6 +357,7 @@ def test_lock_tells_all_faults_at_once(call, place, llama_folder):
             ("--accumulation 2", "accumulation_steps 8"),
         ),
         ({"train_batch_size": 7}, ("--micro-batch", 2), ("train_batch_size 7", "micro-batch 2")),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, ("--lr", 0.2), ("--lr 0.2", "params.lr 0.1")),
         ({"bf16": {"enabled": True}}, ("--dtype", "fp32"), ("--dtype fp32", "bf16.enabled")),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, (), ("bf16.enabled", "fp16.enabled")),
     ],
@@ -438,10 +441,12 @@ def test_weights_that_do_not_load_are_refused(call, place, llama_folder, tmp_pat
 
 
 def test_debug_shows_the_traceback(call, place, llama_folder):
-    code, _, err = call("--debug", *lock_line(place, llama_folder, "--depth", 49))
-    assert code == 2
-    assert "Traceback" in err
-    assert err.strip().splitlines()[-1].startswith("Error: --depth 49")
+    line = lock_line(place, llama_folder, "--depth", 49)
+    for args in (("--debug", *line), (*line, "--debug")):
+        code, _, err = call(*args)
+        assert code == 2
+        assert "Traceback" in err
+        assert err.strip().splitlines()[-1].startswith("Error: --depth 49")
 
 
 def test_only_rank_zero_speaks(call, place, monkeypatch):

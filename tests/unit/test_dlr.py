@@ -244,6 +244,7 @@ def test_output_and_gradient_are_well_scaled_at_the_start(form, start, depth, dt
     net, _ = started(form, depth, start, DTYPES[dtype], width, inner, x.detach().float())
     out = net(x)
     (out.float() * randn(64, width, seed=6)).sum().backward()
+    out = out.detach()
     rms_out, rms_grad = expected_rms(form, start)
     assert LOW < float(out.float().square().mean().sqrt()) / rms_out < HIGH
     assert LOW < float(x.grad.float().square().mean().sqrt()) / rms_grad < HIGH
@@ -256,12 +257,8 @@ def test_output_and_gradient_are_well_scaled_at_the_start(form, start, depth, dt
         assert norms.max() < 4 * norms.min()
 
 
-# Fifty steps at K = 256 take a second or two: in bf16, the harder of the two, for all; in fp32 for one.
-TRAINED = [
-    case
-    for case in CASES
-    if case[2] == 4 or case[2:] in ((64, "fp32"), (256, "bf16")) or case == ("gated", "cold", 256, "fp32")
-]
+# Fifty steps at K = 256 take a second: there in bf16 alone, the harder of the two.
+TRAINED = [case for case in CASES if case[2:] in ((4, "fp32"), (4, "bf16"), (64, "fp32"), (256, "bf16"))]
 
 
 @pytest.mark.parametrize(("form", "start", "depth", "dtype"), TRAINED)

@@ -37,6 +37,33 @@ DEFAULT_LEVERS = Levers(zero=2, offload_optimizer=False, offload_param=False, ac
 
 
 @dataclass(frozen=True, kw_only=True)
+class Knob:
+    """A number of a strategy's own, set by `--set name=value`, from `low` to `high`."""
+
+    name: str
+    default: float
+    low: float
+    high: float
+    text: str
+
+
+def flag(name: str, value: object) -> str:
+    """A lever and its value as they are typed: `--zero 2`, `--offload-param`, `--no-offload-param`.
+
+    Args:
+        name: The lever's name.
+        value: Its value.
+
+    Returns:
+        The words.
+    """
+    words = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{'' if value else 'no-'}{words}"
+    return f"--{words} {value}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Strategy:
     """One row of the catalogue.
 
@@ -54,7 +81,7 @@ class Strategy:
     gradient: str = "backprop"
     levers: Levers = Levers()
     fixed: tuple[str, ...] = ()
-    knobs: tuple[tuple[str, float, str], ...] = ()
+    knobs: tuple[Knob, ...] = ()
     exact: bool = True
 
     def resolve(self, by_hand: Levers) -> Levers:
@@ -73,10 +100,9 @@ class Strategy:
         for name in self.fixed:
             wanted, given = getattr(self.levers, name), getattr(by_hand, name)
             if given is not None and given != wanted:
-                flag = "--" + name.replace("_", "-")
                 faults.append(
-                    f"{flag} {given} contradicts the strategy {self.name}, whose idea is {wanted}. "
-                    f"Leave {flag} out or choose another --strategy."
+                    f"{flag(name, given)} contradicts the strategy {self.name}, whose idea is {flag(name, wanted)}. "
+                    "Leave it out or choose another --strategy."
                 )
         merged = DEFAULT_LEVERS
         for layer in (self.levers, by_hand):
@@ -98,25 +124,31 @@ class Strategy:
         Raises:
             ConfigError: If a knob is unknown or its value is no number.
         """
-        values, faults = {name: value for name, value, _ in self.knobs}, []
+        knobs, faults = {knob.name: knob for knob in self.knobs}, []
+        values = {knob.name: knob.default for knob in self.knobs}
         for name, text in given.items():
-            if name not in values:
-                known = ", ".join(values) or "none"
-                faults.append(f"--set {name}: {self.name} has no such knob (it has: {known}).")
+            knob = knobs.get(name)
+            if knob is None:
+                faults.append(f"--set {name}: {self.name} has no such knob (it has: {', '.join(knobs) or 'none'}).")
                 continue
             try:
-                values[name] = type(values[name])(text)
+                value = type(knob.default)(text)
             except ValueError:
-                faults.append(f"--set {name}={text}: not a number of type {type(values[name]).__name__}.")
+                value = None
+            if value is None or not knob.low <= value <= knob.high:
+                kind = "whole number" if isinstance(knob.default, int) else "number"
+                faults.append(f"--set {name}={text}: must be a {kind} from {knob.low} to {knob.high}.")
+                continue
+            values[name] = value
         if faults:
             raise ConfigError(faults)
         return values
 
 
 _LORA_KNOBS = (
-    ("rank", 8, "rank of the adapters"),
-    ("alpha", 16, "scale of the adapters, alpha / rank"),
-    ("dropout", 0.0, "dropout on the adapters' input"),
+    Knob(name="rank", default=8, low=1, high=65536, text="rank of the adapters"),
+    Knob(name="alpha", default=16, low=1, high=65536, text="scale of the adapters, alpha / rank"),
+    Knob(name="dropout", default=0.0, low=0.0, high=0.99, text="dropout on the adapters' input"),
 )
 
 STRATEGIES: dict[str, Strategy] = {

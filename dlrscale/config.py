@@ -18,6 +18,11 @@ from dlrscale import catalogue, record, shapes
 from dlrscale.errors import ConfigError
 
 DTYPES = ("fp32", "bf16", "fp16")
+# Of a DeepSpeed configuration: where and in what pieces a run computes, not what it computes.
+LAYOUT_KEYS = (
+    "zero_optimization", "zero_force_ds_cpu_optimizer", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps", "steps_per_print",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +114,8 @@ class LockConfig(RunConfig):
                 found.append(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a finite number, 0 or more.")
         if self.heal_steps < 0:
             found.append(f"--heal-steps {self.heal_steps}: must be at least 0.")
+        if self.depth < 1:
+            found.append(f"--depth {self.depth}: must be at least 1.")
         if self.rank is not None and self.rank < 1:
             found.append(f"--rank {self.rank}: must be at least 1.")
         if self.dtype == "fp16":
@@ -185,9 +192,24 @@ def identify(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> dict[str
     for key in ("model", "data", "heldout", "heldout_base"):
         if values.get(key):
             values[key] = digest(values[key])
-    values["deepspeed_config"] = dict(deepspeed_config)
+    values["deepspeed_layout"], values["deepspeed_config"] = split_layout(deepspeed_config)
     values["global_batch"] = config.global_batch
     return values
+
+
+def split_layout(merged: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part a merged DeepSpeed configuration into where a run computes and what it computes.
+
+    Args:
+        merged: What DeepSpeed gets.
+
+    Returns:
+        The layout (ZeRO, offload, batch split, which Adam does the update) and the rest (optimizer, clipping ...).
+    """
+    rest = json.loads(json.dumps(merged))
+    layout = {key: rest.pop(key) for key in LAYOUT_KEYS if key in rest}
+    layout["torch_adam"] = rest.get("optimizer", {}).get("params", {}).pop("torch_adam", None)
+    return layout, rest
 
 
 def digest(place: str) -> str:

@@ -102,7 +102,7 @@ def file_dtype(file: Mapping[str, Any]) -> str | None:
     Raises:
         ConfigError: If it enables two.
     """
-    on = [k for k in ("bf16", "fp16") if (file.get(k) or {}).get("enabled")]
+    on = [k for k in ("bf16", "fp16") if (file.get(k) or {}).get("enabled") is True]
     if len(on) > 1:
         raise ConfigError("The DeepSpeed file enables bf16 and fp16 at once (bf16.enabled, fp16.enabled). Keep one.")
     return on[0] if on else None
@@ -156,7 +156,7 @@ def resolve_batch(file: Mapping[str, Any], micro: int | None, accumulation: int 
             )
     if faults:
         raise ConfigError(faults)
-    return micro or 4, accumulation or 1
+    return 4 if micro is None else micro, 1 if accumulation is None else accumulation
 
 
 def compiler() -> str | None:
@@ -450,11 +450,11 @@ def checkpoints(folder: Path) -> list[int]:
     for marker in folder.glob("step*/whole.json"):
         try:
             whole = json.loads(marker.read_text(encoding="utf-8"))
-            sizes = {name: (marker.parent / name).stat().st_size for name in whole["files"]}
+            step, sizes = int(whole["step"]), {name: (marker.parent / name).stat().st_size for name in whole["files"]}
         except (OSError, ValueError, KeyError):
             continue
         if sizes == whole["files"]:
-            found.append(int(whole["step"]))
+            found.append(step)
     return sorted(found)
 
 

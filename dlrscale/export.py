@@ -209,6 +209,8 @@ def save_folder(
         files: Further text files by name.
     """
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():  # a save was killed between its two renames
+        old.rename(folder)
     for left in (temporary, old):
         shutil.rmtree(left, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)

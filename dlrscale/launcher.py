@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,12 +146,20 @@ def run(config: RunConfig, watch: Callable[[], None] = lambda: None) -> int:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """End a process group: SIGTERM, and SIGKILL for what is left after a while."""
+    """End a process group, whose leader may have gone: SIGTERM, and SIGKILL for what is left after a while.
+
+    Args:
+        process: The group's leader.
+    """
     for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 5.0)):
-        with contextlib.suppress(ProcessLookupError):
+        try:
             os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=patience)
+            deadline = time.monotonic() + patience
+            while time.monotonic() < deadline:
+                process.poll()  # a leader that was not waited for would stay in the group
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+        except ProcessLookupError:
             return
 
 

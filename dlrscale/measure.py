@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+TRAINING_PHASES = ("distil", "forward", "backward", "optimizer")
+
 
 class SavedBytes:
     """Count the bytes that autograd saves for backward, once per storage, without parameters and buffers.
@@ -155,6 +157,6 @@ class Phases:
 
     def peaks(self) -> dict[str, float]:
         """The highest peaks over the phases of training, under the metric names of the record."""
-        training = [p for name, p in self.phases.items() if name in ("forward", "backward", "optimizer")]
+        training = [p for name, p in self.phases.items() if name in TRAINING_PHASES]
         keys = ("accelerator_peak_allocated_bytes", "accelerator_peak_reserved_bytes", "host_peak_rss_bytes")
         return {f"memory/{key}": max(p[key] for p in training) for key in keys if any(key in p for p in training)}

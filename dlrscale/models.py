@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -66,12 +67,25 @@ def load_model(folder: str | Path, dtype: str = "fp32") -> PreTrainedModel:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=DTYPES[dtype], output_loading_info=True, local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"{folder} does not load as a causal language model: {error}") from error
     wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info.get(key)}
     if wrong:
         raise ConfigError(f"{folder}: config.json and weights contradict each other: {wrong}. Fetch the model again.")
     return model.eval()
+
+
+def check_weights(folder: str | Path) -> None:
+    """Refuse a model folder without safetensors weights, before anything is loaded.
+
+    Args:
+        folder: A Hugging Face folder.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ConfigError(f"{folder} holds no *.safetensors weights. Fetch the model again, or convert its weights.")
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -33,7 +33,7 @@ RECORD_KEYS = (
 # Settings that do not change what a run computes: a run may be continued with other values of these.
 PLACEMENT_KEYS = frozenset(
     {
-        "num_ranks", "hostfile", "zero", "offload_optimizer", "offload_param", "deepspeed_config", "tracking_uri",
+        "num_ranks", "hostfile", "zero", "offload_optimizer", "offload_param", "deepspeed_layout", "tracking_uri",
         "out", "name", "command", "lock_id", "checkpoint_every", "keep_checkpoints", "max_hours", "micro_batch",
         "accumulation",
     }
@@ -92,10 +92,15 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Append one strict JSON line with a single write."""
+    """Append one strict JSON line with a single write; a cut-off last line of a killed writer goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(dumps(value) + "\n")
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(dumps(value).encode() + b"\n")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -110,7 +115,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ConfigError: If a line that is not the last is no JSON object.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

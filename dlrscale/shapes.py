@@ -34,6 +34,7 @@ class Family:
     width: str
     inner: str
     activation: str
+    default_activation: str
     bias: str | bool
     dropout: str | None
     transposed: bool
@@ -65,6 +66,7 @@ FAMILIES: dict[str, Family] = {
             width="hidden_size",
             inner="intermediate_size",
             activation="hidden_act",
+            default_activation="silu",
             bias="mlp_bias",
             dropout=None,
             transposed=False,
@@ -82,6 +84,7 @@ FAMILIES: dict[str, Family] = {
             width="n_embd",
             inner="n_inner",
             activation="activation_function",
+            default_activation="gelu_new",
             bias=True,
             dropout="resid_pdrop",
             transposed=True,
@@ -245,7 +248,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     if missing:
         raise SurgeryError(f"config.json of a {family.model_type} model lacks {', '.join(missing)}.")
     width = config[family.width]
-    activation = str(config.get(family.activation) or "gelu_new")
+    activation = str(config.get(family.activation) or family.default_activation)
     activation = ACTIVATION_ALIASES.get(activation, activation)
     if activation not in ACTIVATION_SAVES:
         raise SurgeryError(
@@ -390,6 +393,8 @@ def parse_layers(text: str | None, layers: int) -> tuple[int, ...]:
         first, dash, last = part.strip().partition("-")
         if not (first.isascii() and first.isdigit()) or (dash and not (last.isascii() and last.isdigit())):
             raise ConfigError(f"--layers {text!r}: {part!r} is neither a layer nor a range. Write it as 2-10,15.")
+        if dash and int(last) < int(first):
+            raise ConfigError(f"--layers {text!r}: the range {part!r} runs backwards. Write it as 2-10,15.")
         chosen.update(range(int(first), int(last or first) + 1))
     outside = sorted(i for i in chosen if i >= layers)
     if outside or not chosen:

@@ -268,7 +268,7 @@ def strategies(name: str | None) -> None:
         "levers": ", ".join(f"{k.replace('_', '-')} {v}" for k, v in levers.items()),
         "saved": entry.saved,
         "cost": entry.cost,
-        "knobs": "; ".join(f"{n}={v} ({text})" for n, v, text in entry.knobs) or "none",
+        "knobs": "; ".join(f"{k.name}={k.default} ({k.text}, {k.low} to {k.high})" for k in entry.knobs) or "none",
     }
     click.echo(entry.name)
     for key, value in lines.items():

@@ -22,20 +22,21 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
     """Read `prompt=question,completion=answer`.
 
     Args:
-        text: The value of `--columns`; None where it was not given.
+        text: The option's value, or None.
 
     Returns:
-        The key of JSON lines by role (`text`, or `prompt` and `completion`); None for None.
+        Role to key, or None.
 
     Raises:
         ConfigError: If it is not of that form.
     """
     if text is None:
         return None
-    pairs = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    if set(pairs) not in ({"text"}, {"prompt", "completion"}) or text.count("=") != text.count(",") + 1:
+    pairs = [part.split("=", 1) for part in text.split(",")]
+    roles = sorted(pair[0] for pair in pairs)
+    if any(len(pair) != 2 or not pair[1] for pair in pairs) or roles not in (["text"], ["completion", "prompt"]):
         raise ConfigError(f"--columns {text}: write prompt=KEY,completion=KEY or text=KEY.")
-    return pairs
+    return dict(pairs)
 
 
 def absolute(place: str | None) -> str | None:
@@ -74,7 +75,7 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
         file = engine.read_file(values["deepspeed_config"])
         decided = engine.file_levers(file)
         clash = [
-            f"--{k.replace('_', '-')} {given[k]} and {k if k != 'zero' else 'zero_optimization.stage'} {v} in "
+            f"{catalogue.flag(k, given[k])} and zero_optimization.{'stage' if k == 'zero' else k} {v} in "
             f"{values['deepspeed_config']} differ. Give one of them."
             for k, v in decided.items()
             if given[k] is not None and given[k] != v
@@ -97,7 +98,8 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
         file, values.get("micro_batch"), values.get("accumulation"), values["num_ranks"]
     )
     values["dtype"] = values.get("dtype") or ("fp32" if engine.device_type() == "cpu" else "bf16")
-    values["tracking_uri"] = values.get("tracking_uri") or tracking.default_uri()
+    if values.get("tracking_uri") != "none":
+        values["tracking_uri"] = tracking.resolve(values.get("tracking_uri"))
     values["name"] = values.get("name") or default_name
     values["command"] = values.get("command") or launcher.show(["dlrscale", *typed()])
     chosen_out = values.pop("out", None)

@@ -51,6 +51,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     if isinstance(config, PretrainConfig):
         return merged
     shape = shapes.model_shape(shapes.read_config(config.model))
+    models.check_weights(config.model)
     if shape.max_length and config.seq_len > shape.max_length:
         raise ConfigError(f"--seq-len {config.seq_len}: {config.model} takes at most {shape.max_length} tokens.")
     if isinstance(config, LockConfig):

@@ -24,7 +24,8 @@ def rms_normalise(u: torch.Tensor) -> torch.Tensor:
 
     For backward it keeps u, the norm and the divisor: D + 2 numbers per token.
     """
-    norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32)
+    wide = torch.promote_types(u.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=wide)
     return u / (norm * u.shape[-1] ** -0.5 + EPSILON).to(u.dtype)
 
 

@@ -43,8 +43,8 @@ def place(tmp_path_factory, make_llama, tokenizer) -> Path:
     tokenizer.save_pretrained(folder / "base")
     (folder / "text.txt").write_text("the cat sat on a mat and saw two dogs run far away from home\n" * 80)
     dlrscale(
-        folder, "lock", "--model", "base", "--data", "text.txt", "--seq-len", "32", "--micro-batch", "4", "--depth", "4",
-        "--steps", "4", "--heal-steps", "2", "--zero", "3", "--offload-optimizer", "--offload-param",
+        folder, "lock", "--model", "base", "--data", "text.txt", "--seq-len", "32", "--micro-batch", "4",
+        "--depth", "4", "--steps", "4", "--heal-steps", "2", "--zero", "3", "--offload-optimizer", "--offload-param",
         "--num-ranks", "1", "--out", "lock",
     )  # fmt: skip
     return folder

@@ -62,7 +62,7 @@ def test_full_with_layer_checkpointing_is_ckpt_layer():
             {"activation_checkpointing": "none"},
             ("--activation-checkpointing none", "ckpt-layer", "layer"),
         ),
-        ("full-offload", {"offload_optimizer": False}, ("--offload-optimizer False", "full-offload")),
+        ("full-offload", {"offload_optimizer": False}, ("--no-offload-optimizer", "full-offload")),
         ("full", {"zero": 2, "offload_param": True}, ("--offload-param needs --zero 3", "--zero 2")),
         (
             "lora",
@@ -99,8 +99,8 @@ def test_knobs():
     ("name", "given", "parts"),
     [
         ("lora", {"rnk": "4"}, ("--set rnk", "lora", "rank, alpha, dropout")),
-        ("lora", {"rank": "4.5"}, ("--set rank=4.5", "int")),
-        ("lora", {"dropout": "much"}, ("--set dropout=much", "float")),
+        ("lora", {"rank": "4.5"}, ("--set rank=4.5", "whole number from 1 to")),
+        ("lora", {"dropout": "much"}, ("--set dropout=much", "number from 0.0 to 0.99")),
         ("full", {"rank": "4"}, ("--set rank", "full", "none")),
     ],
 )

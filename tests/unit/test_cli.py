@@ -385,7 +385,7 @@ def test_a_deepspeed_file_that_says_the_same_is_no_contradiction(call, place, ll
         ),
         (
             ("--strategy", "full-offload", "--no-offload-optimizer"),
-            ("offload-optimizer False", "full-offload"),
+            ("--no-offload-optimizer", "full-offload"),
         ),
         (("--strategy", "full", "--zero", 2, "--offload-param"), ("--offload-param needs --zero 3",)),
         (("--strategy", "lora", "--set", "rnk=4"), ("--set rnk", "rank, alpha, dropout")),

@@ -140,7 +140,7 @@ def _left_by_checkpointing(lock: Lock, full: Pair) -> str:
         said.append(f"peak memory {significant(peak)}x ({pair.where})")
     cost = divide(_step_time(pair.locked), _step_time(full.locked))
     if cost is not None:
-        said.append(f"at {significant(cost)}x the step time of full")
+        said.append(f"at {significant(cost)}x the step time of {full.label}")
     return f"ckpt-layer leaves {', '.join(said)}" if said else "ckpt-layer was run but not measured"
 
 

@@ -33,7 +33,7 @@ ATTACK = {
     "data": "embedded:topics",
     "heldout": "embedded:topics-heldout",
     "heldout_base": "embedded:stdlib-heldout",
-    "steps": 20,
+    "steps": 16,
     "warmup_steps": 4,
     "num_ranks": 1,  # two ranks on two cores are not faster, and start more slowly
     "micro_batch": 8,

@@ -74,25 +74,24 @@ def load_corpora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpo
         ConfigError: If a file is wrong, or there is less than one global batch.
     """
 
-    def read(place: str) -> TokenData:
+    def read(place: str, limit: int = 0) -> TokenData:
         return data.load(
             place,
             tokenizer,
             seq_len=config.seq_len,
             columns=config.columns,
             document_separator=config.document_separator,
+            limit=limit,
         )
 
     train = read(config.data)
     if config.heldout:
-        heldout = read(config.heldout)
+        heldout = read(config.heldout, config.heldout_limit)
     else:
         train, heldout = data.split_heldout(train)
+        heldout = heldout.subset(slice(config.heldout_limit or None))
     base = getattr(config, "heldout_base", None)
-    own = read(base) if base else None
-    if config.heldout_limit:
-        limit = slice(config.heldout_limit)
-        heldout, own = heldout.subset(limit), own and own.subset(limit)
+    own = read(base, config.heldout_limit) if base else None
     corpora = Corpora(train, heldout, own, data.pad_id(tokenizer))
     make_batches(config, corpora, 0, config.num_ranks)  # refuses less than one global batch
     return corpora

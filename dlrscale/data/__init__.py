@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import sysconfig
@@ -22,20 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from dlrscale.data.embedded import EMBEDDED, embedded_documents
 from dlrscale.errors import ConfigError
 
 _ROLES = (("text",), ("prompt", "completion"))  # what a record holds
 IGNORE = -100  # the label of a position without loss
-EMBEDDED = ("embedded:stdlib", "embedded:stdlib-heldout", "embedded:topics", "embedded:topics-heldout")
 COUNT_KEYS = (
     "documents", "records", "empty", "unreadable", "overlapping", "truncated_records", "truncated_tokens",
     "dropped_records", "dropped_tokens", "leftover_tokens", "items", "tokens", "label_tokens",
 )  # fmt: skip
-_STDLIB_LEFT_OUT = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__", "pydoc_data"}
-)
 _TOKENIZER_BATCH = 64  # documents per tokenizer call
-_LONG_PARAGRAPH = 60  # characters; shorter paragraphs may stand in both parts of a corpus
 
 
 @dataclass(frozen=True)
@@ -87,6 +84,7 @@ def load(
     seq_len: int,
     columns: Mapping[str, str] | None = None,
     document_separator: str | None = None,
+    limit: int = 0,
 ) -> TokenData:
     """Read and tokenise a file or an embedded corpus.
 
@@ -98,6 +96,7 @@ def load(
         columns: Names of the keys of JSON lines: `{"text": ...}` or `{"prompt": ..., "completion": ...}`;
             without it the first record decides. Plain text has no columns and ignores it.
         document_separator: Text between the documents of a plain text file; JSON lines ignore it.
+        limit: How many items are enough, 0 for all; what is counted stops there too.
 
     Returns:
         Windows of packed text, or one item per prompt/completion record.
@@ -109,13 +108,13 @@ def load(
         raise ConfigError(f"--seq-len is {seq_len}: a sequence needs at least 2 tokens to hold a predicted one.")
     counts = dict.fromkeys(COUNT_KEYS, 0)
     if not _is_jsonl(path):
-        return _pack(path, documents(path, document_separator, counts), tokenizer, seq_len, counts)
+        return _pack(path, documents(path, document_separator, counts), tokenizer, seq_len, counts, limit)
     records = list(_records(path, _read_text(Path(path)), columns))
     if not records:
         raise ConfigError(f"{path}: holds no record. Give a file with one JSON object per line.")
     if len(records[0]) == 1:
-        return _pack(path, (record[0] for record in records), tokenizer, seq_len, counts)
-    return _pair_data(path, records, tokenizer, seq_len, counts)
+        return _pack(path, (record[0] for record in records), tokenizer, seq_len, counts, limit)
+    return _pair_data(path, records, tokenizer, seq_len, counts, limit)
 
 
 def _is_jsonl(path: str) -> bool:
@@ -134,7 +133,7 @@ def documents(path: str, separator: str | None, counts: dict[str, int]) -> Itera
         Texts without the line breaks around them.
     """
     if path.startswith("embedded:"):
-        return _embedded(path, counts)
+        return embedded_documents(path, counts)
     text = _read_text(Path(path)).replace("\r\n", "\n")
     return (d.strip("\n") for d in (text.split(separator) if separator else [text]))
 
@@ -240,35 +239,49 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Yield each text's ids with the tokenizer's own special tokens, uncut and without a length warning."""
-    options = {"truncation": False, "padding": False, "return_attention_mask": False, "verbose": False}
-    for start in range(0, len(texts), _TOKENIZER_BATCH):
-        yield from tokenizer(list(texts[start : start + _TOKENIZER_BATCH]), **options)["input_ids"]
+def _encode(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+    """The ids of each text, with the tokenizer's own special tokens; some texts at a time."""
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, _TOKENIZER_BATCH)):
+        yield from tokenizer(batch, truncation=False, padding=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
 
 
-def _pack(source: str, documents: Iterable[str], tokenizer: Any, seq_len: int, counts: dict[str, int]) -> TokenData:
+def _pack(
+    source: str, documents: Iterable[str], tokenizer: Any, seq_len: int, counts: dict[str, int], limit: int
+) -> TokenData:
     """Join the documents, each closed by one end token, and cut them into windows of seq_len tokens."""
-    found = list(documents)
-    full = [text for text in found if text.strip()]
-    counts.update(documents=len(full), empty=len(found) - len(full))
-    if not full:
-        raise ConfigError(f"{source}: holds no text. Give a file that is not empty.")
+
+    def full() -> Iterator[str]:
+        for text in documents:
+            kept = bool(text.strip())
+            counts["documents" if kept else "empty"] += 1
+            if kept:
+                yield text
+
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    closed = (ids if ids[-1:] == end else ids + end for ids in _encode(tokenizer, full))
-    tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in closed])
-    windows, counts["leftover_tokens"] = divmod(len(tokens), seq_len)
+    parts, length = [], 0
+    for ids in _encode(tokenizer, full()):
+        parts.append(np.asarray(ids if ids[-1:] == end else ids + end, dtype=np.int64))
+        length += len(parts[-1])
+        if limit and length >= limit * seq_len:
+            break
+    if not parts:
+        raise ConfigError(f"{source}: holds no text. Give a file that is not empty.")
+    windows = min(length // seq_len, limit or length)
     if not windows:
         raise ConfigError(
-            f"{source}: {len(tokens)} tokens are less than one sequence of {seq_len}. "
+            f"{source}: {length} tokens are less than one sequence of {seq_len}. "
             "Give more text, or a smaller --seq-len."
         )
-    items = list(tokens[: windows * seq_len].reshape(windows, seq_len))
+    counts["leftover_tokens"] = length - windows * seq_len
+    items = list(np.concatenate(parts)[: windows * seq_len].reshape(windows, seq_len))
     return _token_data(items, items, packed=True, counts=counts)
 
 
 def _pair_data(
-    path: str, records: Sequence[tuple[str, ...]], tokenizer: Any, seq_len: int, counts: dict[str, int]
+    path: str, records: Sequence[tuple[str, ...]], tokenizer: Any, seq_len: int, counts: dict[str, int], limit: int
 ) -> TokenData:
     """One item per prompt/completion record, with labels on the completion and its end token alone."""
     full = [(prompt, completion) for prompt, completion in records if completion.strip()]
@@ -288,6 +301,8 @@ def _pair_data(
             counts["truncated_tokens"] += len(ids) - seq_len
         input_ids.append(np.asarray(ids[:seq_len], dtype=np.int64))
         labels.append(np.where(np.arange(len(input_ids[-1])) < border, IGNORE, input_ids[-1]))
+        if len(input_ids) == limit:
+            break
     if not input_ids:
         raise ConfigError(
             f"{path}: no completion label is left of {len(records)} records: {counts['empty']} have an empty "
@@ -320,56 +335,6 @@ def pad_id(tokenizer: Any) -> int:
         if token is not None:
             return int(token)
     return 0
-
-
-def _share(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
-
-
-def _embedded(name: str, counts: dict[str, int]) -> Iterator[str]:
-    """The documents of an embedded corpus."""
-    if name not in EMBEDDED:
-        raise ConfigError(f"No embedded corpus {name!r}. There are: {', '.join(EMBEDDED)}.")
-    heldout = name.endswith("-heldout")
-    return _topics(heldout, counts) if "topics" in name else _stdlib(heldout, counts)
-
-
-def _stdlib(heldout: bool, counts: dict[str, int]) -> Iterator[str]:
-    """The source files of the running interpreter's standard library; about 5 % of them are held out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _STDLIB_LEFT_OUT.intersection(relative.parts) or (_share(relative.as_posix()) < 0.05) != heldout:
-            continue
-        try:
-            yield path.read_text(encoding="utf-8").strip("\n")
-        except (OSError, UnicodeDecodeError):
-            counts["unreadable"] += 1
-
-
-def _paragraphs(text: str) -> set[str]:
-    """The long paragraphs of a text, whatever its line breaks and blanks; the whole text if it has none."""
-    joined = [" ".join(part.split()) for part in text.split("\n\n")]
-    return {part for part in joined if len(part) >= _LONG_PARAGRAPH} or {" ".join(text.split())}
-
-
-def _topics(heldout: bool, counts: dict[str, int]) -> Iterator[str]:
-    """Python's help topics; about 15 % are held out.
-
-    Topics repeat one another's text, so training leaves out those that share a paragraph with a held-out one.
-    """
-    from pydoc_data.topics import topics
-
-    held = {key for key in topics if _share(f"embedded:topics/{key}") < 0.15}
-    seen: set[str] = set().union(*(_paragraphs(topics[key]) for key in held))
-    for key in sorted(topics):
-        if (key in held) != heldout:
-            continue
-        if not heldout and _paragraphs(topics[key]) & seen:
-            counts["overlapping"] += 1
-            continue
-        yield topics[key].strip("\n")
 
 
 def _collate(data: TokenData, items: Sequence[int], pad: int) -> dict[str, torch.Tensor]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import difflib
 import gzip
-import hashlib
 import itertools
 import json
 import re
-import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

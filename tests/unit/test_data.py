@@ -296,20 +296,20 @@ def test_records_are_never_packed(tokenizer, write):
 def test_topics_have_no_text_in_common_with_their_held_out_part():
     parts = {}
     for name in ("embedded:topics", "embedded:topics-heldout"):
-        parts[name] = list(data._embedded(name, dict.fromkeys(data.COUNT_KEYS, 0)))
+        parts[name] = list(data.embedded.embedded_documents(name, dict.fromkeys(data.COUNT_KEYS, 0)))
     train, held = parts.values()
     assert 0.1 < len(held) / (len(held) + len(train)) < 0.35
     whole = " ".join(" ".join(train).split())
     for text in held:
         assert " ".join(text.split()) not in whole
-        assert all(part not in whole for part in data._paragraphs(text))
+        assert all(part not in whole for part in data.embedded._paragraphs(text))
 
 
 def test_standard_library_is_split_by_name():
     counts = dict.fromkeys(data.COUNT_KEYS, 0)
-    train, held = (list(data._embedded(name, counts)) for name in ("embedded:stdlib", "embedded:stdlib-heldout"))
+    train, held = (list(data.embedded.embedded_documents(name, counts)) for name in ("embedded:stdlib", "embedded:stdlib-heldout"))
     assert 0.02 < len(held) / (len(held) + len(train)) < 0.1
-    assert held == list(data._embedded("embedded:stdlib-heldout", counts))
+    assert held == list(data.embedded.embedded_documents("embedded:stdlib-heldout", counts))
 
 
 def test_standard_library_leaves_out_tests_and_packages(tmp_path, monkeypatch):
@@ -318,9 +318,9 @@ def test_standard_library_leaves_out_tests_and_packages(tmp_path, monkeypatch):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(name.encode() + (b"\xff" if name == "latin.py" else b""))
-    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(data.embedded.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     counts = dict.fromkeys(data.COUNT_KEYS, 0)
-    found = [text for name in data.EMBEDDED[:2] for text in data._embedded(name, counts)]
+    found = [text for name in data.EMBEDDED[:2] for text in data.embedded.embedded_documents(name, counts)]
     assert sorted(found) == ["a.py", "b/c.py"]
     assert counts["unreadable"] == 1
 

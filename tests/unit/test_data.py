@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dlrscale import data
+from dlrscale.data.embedded import embedded_documents
 from dlrscale.errors import ConfigError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -296,7 +297,7 @@ def test_records_are_never_packed(tokenizer, write):
 def test_topics_have_no_text_in_common_with_their_held_out_part():
     parts = {}
     for name in ("embedded:topics", "embedded:topics-heldout"):
-        parts[name] = list(data.embedded.embedded_documents(name, dict.fromkeys(data.COUNT_KEYS, 0)))
+        parts[name] = list(embedded_documents(name, dict.fromkeys(data.COUNT_KEYS, 0)))
     train, held = parts.values()
     assert 0.1 < len(held) / (len(held) + len(train)) < 0.35
     whole = " ".join(" ".join(train).split())
@@ -307,9 +308,9 @@ def test_topics_have_no_text_in_common_with_their_held_out_part():
 
 def test_standard_library_is_split_by_name():
     counts = dict.fromkeys(data.COUNT_KEYS, 0)
-    train, held = (list(data.embedded.embedded_documents(name, counts)) for name in ("embedded:stdlib", "embedded:stdlib-heldout"))
+    train, held = (list(embedded_documents(name, counts)) for name in ("embedded:stdlib", "embedded:stdlib-heldout"))
     assert 0.02 < len(held) / (len(held) + len(train)) < 0.1
-    assert held == list(data.embedded.embedded_documents("embedded:stdlib-heldout", counts))
+    assert held == list(embedded_documents("embedded:stdlib-heldout", counts))
 
 
 def test_standard_library_leaves_out_tests_and_packages(tmp_path, monkeypatch):
@@ -320,7 +321,7 @@ def test_standard_library_leaves_out_tests_and_packages(tmp_path, monkeypatch):
         path.write_bytes(name.encode() + (b"\xff" if name == "latin.py" else b""))
     monkeypatch.setattr(data.embedded.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     counts = dict.fromkeys(data.COUNT_KEYS, 0)
-    found = [text for name in data.EMBEDDED[:2] for text in data.embedded.embedded_documents(name, counts)]
+    found = [text for name in data.EMBEDDED[:2] for text in embedded_documents(name, counts)]
     assert sorted(found) == ["a.py", "b/c.py"]
     assert counts["unreadable"] == 1
 

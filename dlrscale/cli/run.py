@@ -236,6 +236,9 @@ def last_record(config: RunConfig) -> dict[str, Any] | None:
     return rows[-1] if rows else None
 
 
+TAIL_BYTES = 1 << 16  # more than a step row is long
+
+
 class Progress:
     """A progress bar over a run's steps, drawn from its step rows."""
 
@@ -243,7 +246,6 @@ class Progress:
         self.file = Path(config.out) / record.STEPS_FILE
         self.total = config.steps + (config.heal_steps if isinstance(config, LockConfig) else 0)
         self.label = config.name
-        self.position = 0
 
     def __enter__(self) -> Progress:
         from tqdm import tqdm
@@ -255,15 +257,10 @@ class Progress:
         """Move the bar to the newest complete row."""
         try:
             with open(self.file, "rb") as file:
-                file.seek(0 if file.seek(0, os.SEEK_END) < self.position else self.position)
-                block = file.read()
-        except OSError:
-            return
-        whole, newline, _ = block.rpartition(b"\n")
-        if not newline:
-            return
-        self.position += len(whole) + 1
-        row = json.loads(whole.rpartition(b"\n")[2])
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+                row = json.loads(file.read().split(b"\n")[-2])
+        except (OSError, IndexError, ValueError):
+            return  # no step yet, or the file is being written
         self.bar.n = row["step"]
         self.bar.set_postfix_str(
             f"{row['phase']} loss {row['loss/train']:.4f}" if row["loss/train"] is not None else ""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from dlrscale import launcher
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +20,23 @@ def tiny_folder(tmp_path_factory, make_llama, tokenizer) -> Path:
     make_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def start_ranks(tmp_path_factory) -> Callable[[int, list[dict]], list[dict]]:
+    """Run cases of ranks.py on some ranks, in one start of the DeepSpeed launcher, and return their results."""
+
+    def start(num_ranks: int, cases: list[dict]) -> list[dict]:
+        folder = tmp_path_factory.mktemp("ranks")
+        (folder / "cases.json").write_text(json.dumps(cases))
+        line = [
+            str(Path(sys.executable).with_name("deepspeed")), "--no_local_rank", "--num_gpus", str(num_ranks),
+            "--master_addr", "127.0.0.1", "--master_port", str(launcher.free_port()),
+            str(Path(__file__).with_name("ranks.py")), str(folder / "results.json"), str(folder / "cases.json"),
+        ]  # fmt: skip
+        env = launcher.environment(num_ranks) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return json.loads((folder / "results.json").read_text())
+
+    return start

@@ -176,6 +176,13 @@ def checkpoint(case: dict) -> dict:
     return {"whole": whole, "resumed": steps(again, 2), "state": state, "found": engine.checkpoints(folder)}
 
 
+def job(case: dict) -> dict:
+    """A whole job, from its configuration to its record."""
+    from dlrscale import config, jobs
+
+    return {"code": jobs.run(config.from_json(json.dumps(case["config"])))}
+
+
 def main() -> None:
     """Run all cases and write their results."""
     rank, _ = engine.start_distributed()

@@ -6,16 +6,12 @@ start of the DeepSpeed launcher; `reference` computes the same in plain PyTorch 
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-from dlrscale import launcher
 
 sys.path.insert(0, str(Path(__file__).parent))
 import ranks as cases_module
@@ -40,22 +36,8 @@ ATTACKS = [{"run": "attack", **layout} for layout in LAYOUTS[2:] + OFFLOADS]
 CHECKPOINTS = [{"run": "checkpoint", "zero": zero, "ranks": 2} for zero in (0, 1, 2, 3)]
 
 
-def start(num_ranks: int, cases: list[dict], folder: Path) -> list[dict]:
-    """Run cases on some ranks and return their results."""
-    (folder / f"cases{num_ranks}.json").write_text(json.dumps(cases))
-    line = [
-        str(Path(sys.executable).with_name("deepspeed")), "--no_local_rank", "--num_gpus", str(num_ranks),
-        "--master_addr", "127.0.0.1", "--master_port", str(launcher.free_port()), cases_module.__file__,
-        str(folder / f"results{num_ranks}.json"), str(folder / f"cases{num_ranks}.json"),
-    ]  # fmt: skip
-    env = launcher.environment(num_ranks) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads((folder / f"results{num_ranks}.json").read_text())
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, dict]:
+def results(tmp_path_factory, start_ranks) -> dict[str, dict]:
     """Results of all cases by the case's JSON."""
     folder = tmp_path_factory.mktemp("ranks")
     found = {}
@@ -66,7 +48,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
             case | {"folder": str(folder / f"checkpoint{i}")} if case["run"] == "checkpoint" else case
             for i, case in enumerate(chosen)
         ]
-        for case, result in zip(chosen, start(num_ranks, sent, folder), strict=True):
+        for case, result in zip(chosen, start_ranks(num_ranks, sent), strict=True):
             found[name(case)] = result
     return found
 

@@ -209,7 +209,8 @@ def attack_configs(options: dict[str, Any], base: str | None, strategy: str, kno
             own["out"] = str(Path(options["out"]) / side)
         if options.get("name"):
             own["name"] = f"{options['name']}-{side}" if base else options["name"]
-        found.append(resolve(AttackConfig, own, levers, f"{strategy}-{side}"))
+        default = f"{strategy}-locked-k{manifest['depth']}" if side == "locked" else f"{strategy}-base"
+        found.append(resolve(AttackConfig, own, levers, default))
     return found
 
 

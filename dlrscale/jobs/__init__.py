@@ -71,12 +71,12 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     return merged
 
 
-def run(config: RunConfig, make_sink: Callable[[RunConfig, str, str], Any] | None = None) -> int:
+def run(config: RunConfig, make_sink: Callable[[RunConfig, dict[str, Any]], Any] | None = None) -> int:
     """Run a job on this rank to its record.
 
     Args:
         config: The resolved configuration.
-        make_sink: Builds the tracker of rank 0 from the configuration, the run's id and its resume_id.
+        make_sink: Builds the tracker of rank 0 from the configuration and the record so far.
 
     Returns:
         The exit code of this rank.
@@ -92,12 +92,12 @@ def run(config: RunConfig, make_sink: Callable[[RunConfig, str, str], Any] | Non
     )
     job = Run(config, ds_config, Phases(device), Path(config.out), run_id)
     outcome_file = job.out / ".outcome"
+    entry = describe(config, ds_config, run_id, resume_id)
     if rank == 0:
         configuration.claim_folder(job.out, resume_id)
         outcome_file.unlink(missing_ok=True)
         if make_sink is not None:
-            job.sink = make_sink(config, run_id, resume_id)
-    entry = describe(config, ds_config, run_id, resume_id)
+            job.sink = make_sink(config, entry)
     outcome, error, code = Outcome.OK, None, 0
     try:
         BODIES[config.kind](job)
@@ -203,29 +203,30 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def make_tracker(config: RunConfig, run_id: str, resume_id: str) -> Any:
-    """The MLflow tracker of a run, or None where it is turned off (`--tracking-uri none`)."""
+def make_tracker(config: RunConfig, entry: dict[str, Any]) -> Any:
+    """The MLflow tracker of a run, or None where it is turned off (`--tracking-uri none`).
+
+    Args:
+        config: The resolved configuration.
+        entry: The run's record so far (`describe`); its settings become MLflow's parameters.
+
+    Returns:
+        A `tracking.Tracker`, or None.
+    """
     from dlrscale import tracking
 
     if config.tracking_uri == "none":
         return None
-    manifest = export.read_manifest(config.model) if isinstance(config, AttackConfig) else None
-    lock_id = manifest["lock_id"] if manifest else getattr(config, "lock_id", None)
-    tags = {
-        "dlrscale.id": run_id,
-        "dlrscale.resume_id": resume_id,
-        "dlrscale.kind": config.kind,
-        "dlrscale.strategy": getattr(config, "strategy", None),
-        "dlrscale.side": ("locked" if manifest else "base") if isinstance(config, AttackConfig) else None,
-        "dlrscale.lock_id": run_id if isinstance(config, LockConfig) else lock_id,
-    }
+    settings = entry["config"]
+    lock_id = entry["id"] if entry["kind"] == "lock" else settings.get("lock_id")
+    tags = {f"dlrscale.{key}": entry[key] for key in ("id", "resume_id", "kind", "strategy", "side")}
     return tracking.Tracker(
         config.tracking_uri,
         "dlrscale",
         config.name,
-        config=dataclasses.asdict(config),
-        tags={k: v for k, v in tags.items() if v},
-        parent_lock_id=None if isinstance(config, LockConfig) else lock_id,
+        config=settings | {"out": config.out},
+        tags={k: v for k, v in (tags | {"dlrscale.lock_id": lock_id}).items() if v},
+        parent_lock_id=None if entry["kind"] == "lock" else lock_id,
     )
 
 

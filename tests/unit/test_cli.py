@@ -227,7 +227,7 @@ def test_attack_dry_run_shows_both_sides(call, place, llama_folder, locked_folde
     lines = [shlex.split(line) for line in out.splitlines() if "__main__.py" in line]
     base, locked = (configuration.from_json(line[-1]) for line in lines)
     assert (base.model, locked.model) == (str(llama_folder), str(locked_folder))
-    assert (base.name, locked.name) == ("lora-base", "lora-locked")
+    assert (base.name, locked.name) == ("lora-base", "lora-locked-k4")
     assert (base.out, locked.out) == (str(work / "here" / "base"), str(work / "here" / "locked"))
     for config in (base, locked):
         assert config.knobs == {"rank": 4, "alpha": 16, "dropout": 0.0}

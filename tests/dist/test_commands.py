@@ -348,8 +348,9 @@ def test_gpt2_line(gpt2: Path, place: Path) -> None:
 
 def test_demo_on_a_tiny_model(place: Path, tiny_folder: Path, monkeypatch, capsys) -> None:
     """The demonstration's own code with another model and fewer steps: table, claims, report, how to open MLflow."""
-    from dlrscale.cli import demo
+    import importlib
 
+    demo = importlib.import_module("dlrscale.cli.demo")  # the package's own `demo` is the command
     small = {"steps": 4, "warmup_steps": 1}
     monkeypatch.chdir(place)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

@@ -1,6 +1,7 @@
 """MLflow's pages, opened by the command's own function in a process of its own."""
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess

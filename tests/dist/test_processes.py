@@ -1,0 +1,137 @@
+"""How a job's processes end: an interrupt, SIGTERM, and ranks that do not listen."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from dlrscale import launcher
+from dlrscale.config import LockConfig
+from dlrscale.config import AttackConfig
+from dlrscale.errors import JobError
+
+pytestmark = pytest.mark.dist
+PLACES = {"model": "/m", "data": "/d", "out": "/o"}
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Let the launch line be a shell script that may write its children's pids into `pids`."""
+    pids = tmp_path / "pids"
+
+    def make(script, count=0):
+        monkeypatch.setattr(launcher, "command", lambda config: ["bash", "-c", script.replace("PIDS", str(pids))])
+        monkeypatch.setattr(launcher, "environment", lambda ranks: dict(os.environ))
+        config = LockConfig(**(PLACES | {"out": str(tmp_path / "out")}))
+
+        def found():
+            return [int(p) for p in pids.read_text().split()] if pids.exists() else []
+
+        return config, found
+
+    return make
+
+
+def gone(pids, patience=5.0):
+    """Whether all processes have ended (a zombie that nobody has reaped yet has ended)."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        alive = []
+        for pid in pids:
+            try:
+                with open(f"/proc/{pid}/stat") as file:
+                    if file.read().rpartition(")")[2].split()[0] != "Z":
+                        alive.append(pid)
+            except FileNotFoundError:
+                pass
+        if not alive:
+            return True
+        time.sleep(0.05)
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    return False
+
+
+def interrupt_when(found, count):
+    def watch():
+        end = time.monotonic() + 10
+        while len(found()) < count and time.monotonic() < end:
+            time.sleep(0.02)
+        assert len(found()) == count
+        raise KeyboardInterrupt
+
+    return watch
+
+
+CHILDREN = "sleep 60 & echo $! >> PIDS; sleep 60 & echo $! >> PIDS; echo $$ >> PIDS; wait"
+
+
+def test_the_exit_code_and_the_log(job, tmp_path):
+    config, _ = job("echo out; echo err >&2; exit 11")
+    assert launcher.run(config) == launcher.EXIT_OOM
+    assert launcher.tail(tmp_path / "out" / "ranks.log") == "out\nerr"
+    assert launcher.run(config) == 11
+    assert launcher.tail(tmp_path / "out" / "ranks.log", 3) == "err\nout\nerr"
+
+
+def test_watch_is_called_meanwhile(job):
+    config, _ = job("sleep 0.7")
+    calls = []
+    assert launcher.run(config, lambda: calls.append(1)) == 0
+    assert len(calls) >= 2
+
+
+def test_an_interrupt_ends_every_process(job):
+    config, found = job(CHILDREN)
+    with pytest.raises(KeyboardInterrupt):
+        launcher.run(config, interrupt_when(found, 3))
+    assert gone(found())
+
+
+def test_a_failing_watch_ends_every_process(job):
+    config, found = job(CHILDREN)
+
+    def watch():
+        if len(found()) == 3:
+            raise ValueError("x")
+
+    with pytest.raises(ValueError, match="x"):
+        launcher.run(config, watch)
+    assert gone(found())
+
+
+def test_sigterm_ends_every_process_and_the_handler_goes_back(job):
+    config, found = job(CHILDREN)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate():
+        while len(found()) < 3:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        launcher.run(config)
+    thread.join()
+    assert gone(found())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_leader_that_ignores_sigterm_is_killed(job, monkeypatch):
+    monkeypatch.setattr(launcher, "GRACE_S", 0.5)
+    config, found = job("trap '' TERM; echo $$ >> PIDS; while :; do sleep 0.1; done")
+    with pytest.raises(KeyboardInterrupt):
+        launcher.run(config, interrupt_when(found, 1))
+    assert gone(found(), 1.0)
+
+
+def test_a_rank_that_ignores_sigterm_is_killed_though_the_leader_has_gone(job, monkeypatch):
+    """The leader ends at once, as DeepSpeed's runner does; a rank that hangs in native code stays."""
+    monkeypatch.setattr(launcher, "GRACE_S", 0.5)
+    config, found = job("(trap '' TERM; echo $BASHPID >> PIDS; while :; do sleep 0.1; done) & wait")
+    with pytest.raises(KeyboardInterrupt):
+        launcher.run(config, interrupt_when(found, 1))
+    assert gone(found(), 2.0)

@@ -135,3 +135,10 @@ def test_a_rank_that_ignores_sigterm_is_killed_though_the_leader_has_gone(job, m
     with pytest.raises(KeyboardInterrupt):
         launcher.run(config, interrupt_when(found, 1))
     assert gone(found(), 2.0)
+
+
+def test_a_launcher_that_is_not_there(job, monkeypatch):
+    config, _ = job("")
+    monkeypatch.setattr(launcher, "command", lambda config: ["/nowhere/deepspeed"])
+    with pytest.raises(JobError, match="The launcher did not start"):
+        launcher.run(config)

@@ -227,28 +227,58 @@ def run_ids(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> tuple[str
     return record.run_ids(identify(config, deepspeed_config))
 
 
-def claim_folder(out: Path, resume_id: str) -> None:
-    """Take a run's folder, or go on in it if the same run was there before.
+def check_folder(out: Path, run_id: str, resume_id: str) -> dict[str, Any] | None:
+    """Refuse a folder that is not this run's to write into; nothing is written.
 
     Args:
-        out: The folder; made if need be.
-        resume_id: The run's resume_id (64 hexadecimal digits).
+        out: The folder.
+        run_id: The run's id.
+        resume_id: Its resume_id.
+
+    Returns:
+        The record of this very run if it ended `ok` there before, else None.
 
     Raises:
-        ConfigError: If the folder belongs to another run or holds something else.
+        ConfigError: If the folder belongs to another run, holds a finished run whose layout was another one (its
+            rows would be lost), or holds something else.
     """
     marker = out / "run.json"
-    if marker.is_file():
-        try:
-            owner = json.loads(marker.read_text(encoding="utf-8")).get("resume_id")
-        except ValueError:
-            owner = None
-        if owner == resume_id:
-            return
+    if not marker.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out} exists and is no folder of a run. Choose another --out, or empty it yourself.")
+        return None
+    try:
+        owner = json.loads(marker.read_text(encoding="utf-8")).get("resume_id")
+    except ValueError:
+        owner = None
+    if owner != resume_id:
         raise ConfigError(
             f"{out} belongs to another run (resume_id {str(owner)[:8]}, this one is {resume_id[:8]}): some setting "
             "differs. Choose another --out, or give the settings of that run to go on with it."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is no folder of a run. Choose another --out, or empty it yourself.")
-    record.write_atomic(marker, json.dumps({"resume_id": resume_id}) + os.linesep)
+    records = out / record.RECORDS_FILE
+    entries = list(record.read_lines(records)) if records.exists() else []
+    if not entries or entries[-1]["outcome"] != record.Outcome.OK.value:
+        return None
+    if entries[-1]["id"] != run_id:
+        raise ConfigError(
+            f"{out} holds this run as it ended with another ZeRO stage, offload, number of ranks or split of the "
+            "batch. Choose another --out: both are results of their own."
+        )
+    return entries[-1]
+
+
+def claim_folder(out: Path, run_id: str, resume_id: str) -> None:
+    """Take a run's folder, or go on in it if the same run was there before.
+
+    Args:
+        out: The folder; made if need be.
+        run_id: The run's id.
+        resume_id: The run's resume_id (64 hexadecimal digits).
+
+    Raises:
+        ConfigError: As `check_folder`.
+    """
+    check_folder(out, run_id, resume_id)
+    if not (out / "run.json").is_file():
+        record.write_atomic(out / "run.json", json.dumps({"resume_id": resume_id}) + os.linesep)

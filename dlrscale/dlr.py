@@ -50,15 +50,16 @@ def cold_start(net: DLRNet, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def warm_start(net: DLRNet, mlp: MLPWeights) -> None:
+def warm_start(net: DLRNet, mlp: MLPWeights, generator: torch.Generator) -> None:
     """Start from the base MLP's own neurons: block k takes the next R_k of them, so at b = 0 the net is the MLP.
 
     A_k gets the gate and up rows (or the first matrix's), B_k the down columns. Neurons beyond S are left
-    out; blocks beyond F start with zeros in B.
+    out. Units beyond F start cold in A, N(0, 1/D), and with zeros in B: they change nothing and can learn.
 
     Args:
         net: The DLR-Net, written in place.
         mlp: The matrices of the base MLP, of width D and inner width F.
+        generator: Source of the random numbers of units beyond F, on the CPU.
 
     Raises:
         SurgeryError: If the form does not take the neurons of this kind of MLP.
@@ -71,7 +72,10 @@ def warm_start(net: DLRNet, mlp: MLPWeights) -> None:
     for block in net.blocks:
         rank = block.b_proj.in_features
         rows = slice(first, first + rank)
-        block.a_proj.weight.copy_(torch.cat([_pad(m[rows], rank) for m in sources]))
+        halves = [m[rows] for m in sources]
+        surplus = torch.randn(len(halves), rank - len(halves[0]), mlp.up.shape[1], generator=generator)
+        surplus = (surplus * mlp.up.shape[1] ** -0.5).to(mlp.up)
+        block.a_proj.weight.copy_(torch.cat([t for pair in zip(halves, surplus, strict=True) for t in pair]))
         if block.a_proj.bias is not None:
             block.a_proj.bias.copy_(torch.cat([_pad(m[rows], rank) for m in biases]))
         block.b_proj.weight.copy_(_pad(mlp.down[:, rows].t(), rank).t())

@@ -130,7 +130,7 @@ def resolve_batch(file: Mapping[str, Any], micro: int | None, accumulation: int 
         ("gradient_accumulation_steps", "--accumulation", accumulation),
         ("train_batch_size", None, None),
     ):
-        held = file.get(key)
+        held = None if file.get(key) == "auto" else file.get(key)
         if held is not None and (not isinstance(held, int) or held < 1):
             faults.append(
                 f"{key} in the DeepSpeed file is {held!r}: give a whole number of at least 1, or leave it out."
@@ -164,6 +164,13 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 
 
+def without_auto(value: Any) -> Any:
+    """A copy of a DeepSpeed file's content in which "auto" is left to us or to DeepSpeed's own default."""
+    if isinstance(value, Mapping):
+        return {k: without_auto(v) for k, v in value.items() if v != "auto"}
+    return [without_auto(v) for v in value] if isinstance(value, list) else value
+
+
 def merge(config: RunConfig) -> dict[str, Any]:
     """The configuration that DeepSpeed gets: the user's file or the levers', with batch, rate and precision.
 
@@ -183,7 +190,7 @@ def merge(config: RunConfig) -> dict[str, Any]:
         merged = read_file(config.deepspeed_config)
     else:
         merged = lever_config(config.zero, config.offload_optimizer, config.offload_param)
-    merged = json.loads(json.dumps(merged))
+    merged = without_auto(merged)
     for key in RUN_KEYS:
         merged.pop(key, None)
     merged["train_micro_batch_size_per_gpu"] = config.micro_batch
@@ -244,6 +251,11 @@ def start_distributed() -> tuple[int, int]:
     if os.environ["DS_ACCELERATOR"] == "cpu":
         # Its shared-memory collective would be compiled at the first use; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if os.environ["DS_ACCELERATOR"] == "cuda":
+        import torch
+
+        # Before the first collective: NCCL takes the current device, and the engine comes later.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         deepspeed.init_distributed(timeout=DISTRIBUTED_TIMEOUT, verbose=False)
     return dist.get_rank(), dist.get_world_size()
@@ -433,7 +445,7 @@ class Engine:
 
         Raises:
             ConfigError: If another number of ranks or another stage wrote it.
-            JobError: If it lacks a trainable parameter.
+            JobError: If DeepSpeed cannot read it.
         """
         check_layout(folder, self.world_size, self.stage)
         path, state = self.ds.load_checkpoint(str(folder), tag=f"step{step}", load_module_strict=False)

@@ -75,6 +75,12 @@ def load_model(folder: str | Path, dtype: str = "fp32") -> PreTrainedModel:
     return model.eval()
 
 
+def stored_dtype(folder: str | Path) -> str:
+    """The precision that a folder's config names, `fp32` where it names none."""
+    config = shapes.read_config(folder)
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(str(config.get("dtype") or config.get("torch_dtype")), "fp32")
+
+
 def check_weights(folder: str | Path) -> None:
     """Refuse a model folder without safetensors weights, before anything is loaded.
 

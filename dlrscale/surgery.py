@@ -72,11 +72,12 @@ def install(model: PreTrainedModel, shape: ModelShape, config: LockConfig) -> li
             bias=weights.down_bias is not None,
             dropout=shape.dropout,
         ).to(weights.up.dtype)
+        generator = torch.Generator().manual_seed(config.seed * 100_003 + layer)
         if config.start == "warm":
-            warm_start(net, weights)
+            warm_start(net, weights, generator)
         else:
-            cold_start(net, torch.Generator().manual_seed(config.seed * 100_003 + layer))
-        switch = Switch(layer, mlp, net)
+            cold_start(net, generator)
+        switch = Switch(layer, mlp, net).eval()  # a DLR-Net has the MLP's dropout, which a teacher's student has not
         parent, _, name = shape.family.mlp.format(layer).rpartition(".")
         setattr(model.get_submodule(parent), name, switch)
         switches.append(switch)

@@ -24,15 +24,9 @@ def apply(folder: Path, out: Path) -> Path:
     if not shapes.model_shape(shapes.read_config(folder)).locked:
         return folder
     save_folder(
-        flattened_model(models.load_model(folder, stored_dtype(folder))),
+        flattened_model(models.load_model(folder, models.stored_dtype(folder))),
         models.load_tokenizer(folder),
         out,
         {},
     )
     return out
-
-
-def stored_dtype(folder: Path) -> str:
-    """The precision that a folder's config names, `fp32` where it names none."""
-    config = shapes.read_config(folder)
-    return {"bfloat16": "bf16", "float16": "fp16"}.get(str(config.get("dtype") or config.get("torch_dtype")), "fp32")

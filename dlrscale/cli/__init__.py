@@ -118,7 +118,7 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     options["form"] = options["form"] or ("gated" if shape.family.gated else "plain")
     if options["start"] is None:
         options["start"] = "warm" if shapes.FORMS[options["form"]].start_on == shape.kind else "cold"
-    config = resolve(LockConfig, options, _levers(options, catalogue.Levers(activation_checkpointing="none")), "lock")
+    config = resolve(LockConfig, options, _levers(options), "lock")
     if inside_launch():
         run_rank(config, dry_run)
     if not dry_run:
@@ -126,12 +126,12 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     execute(config, dry_run=dry_run)
 
 
-def _levers(options: dict[str, Any], own: catalogue.Levers) -> catalogue.Levers:
-    """The levers of a job that is no strategy: by hand, its own, the defaults."""
-    by_hand = {f.name: options.get(f.name) for f in dataclasses.fields(catalogue.Levers)}
-    return catalogue.Strategy(name="", idea="", source="", saved="", cost="", levers=own).resolve(
-        catalogue.Levers(**by_hand)
-    )
+def _levers(options: dict[str, Any]) -> catalogue.Levers:
+    """The levers of a job that is no strategy: it keeps all activations."""
+    from dlrscale.cli.run import choose_levers
+
+    own = catalogue.Levers(activation_checkpointing="none")
+    return choose_levers(catalogue.Strategy(name="", idea="", source="", saved="", cost="", levers=own), options)
 
 
 @dlrscale.command(context_settings=CONTEXT)
@@ -146,7 +146,11 @@ def _levers(options: dict[str, Any], own: catalogue.Levers) -> catalogue.Levers:
     help="A strategy's own knob; `dlrscale strategies NAME` lists them.",
 )
 @DATA_OPTIONS
-@click.option("--heldout-base", type=PATH, help="Held-out data of the base model's own domain.")
+@click.option(
+    "--heldout-base",
+    type=PATH,
+    help="Held-out data of the base model's own domain, of any keys.",
+)
 @TRAIN_OPTIONS
 @click.option("--activation-checkpointing", type=click.Choice(["none", "layer"]), help="[default: the strategy's]")
 @RUN_OPTIONS
@@ -183,23 +187,32 @@ def attack(
 
 def attack_configs(options: dict[str, Any], base: str | None, strategy: str, knobs: tuple[str, ...]) -> list[Any]:
     """The configurations of an attack: of the base model, if given, and of the model itself."""
+    from dlrscale import config as configuration
     from dlrscale import export, shapes
-    from dlrscale.cli.run import resolve
+    from dlrscale.cli.run import choose_levers, resolve
     from dlrscale.config import AttackConfig
 
     entry = catalogue.strategy(strategy)
     pairs = dict(knob.partition("=")[::2] for knob in knobs)
-    by_hand = catalogue.Levers(**{f.name: options.get(f.name) for f in dataclasses.fields(catalogue.Levers)})
-    levers = entry.resolve(by_hand)
+    levers = choose_levers(entry, options)
     shared = options | {"strategy": strategy, "knobs": entry.resolve_knobs(pairs)}
     for folder in filter(None, (options["model"], base)):
         shapes.find_family(shapes.read_config(folder))
     manifest = export.read_manifest(options["model"])
+    if manifest is None and shapes.model_shape(shapes.read_config(options["model"])).locked:
+        raise ConfigError(
+            f"--model {options['model']} is locked, but has no lock.json. Copy it from the lock's own folder."
+        )
     shared["lock_id"] = manifest["lock_id"] if manifest else None
     if base and manifest is None:
         raise ConfigError(f"--base is for a locked --model; {options['model']} has no lock.json. Leave --base out.")
-    if base and export.read_manifest(base):
-        raise ConfigError(f"--base {base} is a locked model itself (it has a lock.json). Name the unlocked one.")
+    if base and shapes.model_shape(shapes.read_config(base)).locked:
+        raise ConfigError(f"--base {base} is a locked model itself. Name the unlocked one.")
+    if base and configuration.digest(base) != manifest["base"]["digest"]:
+        raise ConfigError(
+            f"--base {base} is not the model that {options['model']} was made from ({manifest['base']['name']}, by the "
+            "digest in its lock.json). Name that one, or there is nothing to compare."
+        )
     found = []
     for side, folder in (("base", base), ("locked" if manifest else "base", options["model"])):
         if folder is None:
@@ -330,7 +343,7 @@ def pretrain(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     from dlrscale.cli.run import execute, inside_launch, resolve, run_rank
     from dlrscale.config import PretrainConfig
 
-    levers = _levers(options, catalogue.Levers(activation_checkpointing="none"))
+    levers = _levers(options)
     config = resolve(PretrainConfig, options, levers, "pretrain")
     if inside_launch():
         run_rank(config, dry_run)

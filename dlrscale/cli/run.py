@@ -68,30 +68,26 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     if values.get("model"):
         shapes.read_config(values["model"])
     values["columns"] = parse_columns(values.get("columns"))
-    given = {k: values.pop(k, None) for k in ("zero", "offload_optimizer", "offload_param", "activation_checkpointing")}
     values |= dataclasses.asdict(levers)
-    file: dict[str, Any] = {}
-    if values.get("deepspeed_config"):
-        file = engine.read_file(values["deepspeed_config"])
-        decided = engine.file_levers(file)
-        clash = [
-            f"{catalogue.flag(k, given[k])} and zero_optimization.{'stage' if k == 'zero' else k} {v} in "
-            f"{values['deepspeed_config']} differ. Give one of them."
-            for k, v in decided.items()
-            if given[k] is not None and given[k] != v
-        ]
-        dtype = engine.file_dtype(file)
-        if dtype and values.get("dtype") and values["dtype"] != dtype:
-            clash.append(
-                f"--dtype {values['dtype']} and {dtype}.enabled in {values['deepspeed_config']} differ. Give one."
-            )
-        if clash:
-            raise ConfigError(clash)
-        values |= decided
-        values["dtype"] = values.get("dtype") or dtype
+    file = engine.read_file(values["deepspeed_config"]) if values.get("deepspeed_config") else {}
+    dtype = engine.file_dtype(file)
+    if dtype and values.get("dtype") and values["dtype"] != dtype:
+        raise ConfigError(
+            f"--dtype {values['dtype']} and {dtype}.enabled in {values['deepspeed_config']} differ. Give one."
+        )
+    values["dtype"] = values.get("dtype") or dtype
+    if "scheduler" in file and kind is LockConfig:
+        raise ConfigError(
+            f"scheduler in {values['deepspeed_config']}: a lock has two stages with rates of their own. Take the "
+            "scheduler out of the file and give --lr and --heal-lr."
+        )
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         values["num_ranks"] = int(os.environ["WORLD_SIZE"])
     slots = launcher.hostfile_slots(values["hostfile"]) if values.get("hostfile") else 0
+    if slots and values.get("num_ranks") and values["num_ranks"] != slots:
+        raise ConfigError(
+            f"--num-ranks {values['num_ranks']} and the {slots} slots of {values['hostfile']} differ. Give one of them."
+        )
     values["num_ranks"] = values.get("num_ranks") or slots or engine.device_count()
     values["lr"] = resolve_rate(file, values.get("lr"))
     values["micro_batch"], values["accumulation"] = engine.resolve_batch(
@@ -111,6 +107,40 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
         resume_id = configuration.run_ids(config, engine.merge(config))[1]
         config = dataclasses.replace(config, out=str(Path("results").absolute() / f"{config.name}-{resume_id[:8]}"))
     return config
+
+
+def choose_levers(entry: catalogue.Strategy, options_: dict[str, Any]) -> catalogue.Levers:
+    """The levers in force: a DeepSpeed file's and those given by hand against the strategy's idea and defaults.
+
+    Args:
+        entry: The strategy; for a job that is none, an entry with that job's own levers.
+        options_: The command's options.
+
+    Returns:
+        Levers without a None.
+
+    Raises:
+        ConfigError: If file and options differ, or either contradicts the strategy's idea.
+    """
+    from dlrscale import engine
+
+    by_hand = {f.name: options_.get(f.name) for f in dataclasses.fields(catalogue.Levers)}
+    place = options_.get("deepspeed_config")
+    decided = engine.file_levers(engine.read_file(place)) if place else {}
+    clash = [
+        f"{catalogue.flag(k, by_hand[k])} and zero_optimization.{'stage' if k == 'zero' else k} {v} in {place} differ. "
+        "Give one of them."
+        for k, v in decided.items()
+        if by_hand[k] is not None and by_hand[k] != v
+    ]
+    if clash:
+        raise ConfigError(clash)
+    try:
+        return entry.resolve(catalogue.Levers(**by_hand | decided))
+    except ConfigError as error:
+        if place is None:
+            raise
+        raise ConfigError([*error.faults, f"(Stage and offload are those of {place}.)"]) from None
 
 
 def typed() -> list[str]:
@@ -156,11 +186,16 @@ def run_rank(config: RunConfig, dry_run: bool) -> None:
         if first:
             click.echo(json.dumps(merged, indent=2))
         sys.exit(0)
-    if first and config.tracking_uri != "none":
-        tracking.prepare(config.tracking_uri)
-    code = jobs.run(config, jobs.make_tracker)
-    if first:
+    # Every rank looks before the process group is there, so that none waits for one that has refused.
+    entry, code = configuration.check_folder(Path(config.out), *configuration.run_ids(config, merged)), 0
+    if entry is None:
+        if first and config.tracking_uri != "none":
+            tracking.prepare(config.tracking_uri)
+        code = jobs.run(config, jobs.make_tracker)
         entry = last_record(config)
+    elif first:
+        click.echo(f"{config.name}: was done before", err=True)
+    if first:
         for line in jobs.summary_lines(entry, Path(config.out)) if entry else []:
             click.echo(line)
     sys.exit(code)
@@ -190,13 +225,13 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
         return None
     run_id, resume_id = configuration.run_ids(config, merged)
     out = Path(config.out)
-    configuration.claim_folder(out, resume_id)
-    entry = last_record(config)
-    if entry is not None and entry["outcome"] == Outcome.OK.value and entry["id"] == run_id:
+    entry = configuration.check_folder(out, run_id, resume_id)
+    if entry is not None:
         click.echo(f"{config.name}: was done before", err=True)
     else:
         if config.tracking_uri != "none":
             tracking.prepare(config.tracking_uri)
+        configuration.claim_folder(out, run_id, resume_id)
         before = count_records(config)
         with Progress(config) as progress:
             code = launcher.run(config, progress.update)

@@ -115,6 +115,26 @@ def load(
     return _pair_data(path, records, tokenizer, seq_len, counts, limit)
 
 
+def fitting_columns(path: str, columns: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """The columns named for one file, if another one has them too; else None, so that its own keys are found.
+
+    Args:
+        path: The other file.
+        columns: As for `load`.
+
+    Returns:
+        The columns, or None.
+    """
+    if columns is None or not _is_jsonl(path):
+        return columns
+    first = next((line for line in _read_text(Path(path)).split("\n") if line.strip()), "")
+    try:
+        record = json.loads(first)
+    except (ValueError, RecursionError):
+        return columns  # `load` says what is wrong
+    return columns if isinstance(record, dict) and set(columns.values()) <= set(record) else None
+
+
 def _is_jsonl(path: str) -> bool:
     return path.lower().removesuffix(".gz").endswith((".jsonl", ".json"))
 

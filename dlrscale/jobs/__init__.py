@@ -94,7 +94,7 @@ def run(config: RunConfig, make_sink: Callable[[RunConfig, dict[str, Any]], Any]
     outcome_file = job.out / ".outcome"
     entry = describe(config, ds_config, run_id, resume_id)
     if rank == 0:
-        configuration.claim_folder(job.out, resume_id)
+        configuration.claim_folder(job.out, run_id, resume_id)
         outcome_file.unlink(missing_ok=True)
         if make_sink is not None:
             job.sink = make_sink(config, entry)

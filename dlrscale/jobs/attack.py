@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from dlrscale import attacks, catalogue, models, shapes
@@ -34,6 +35,7 @@ def attack(run_: Run) -> None:
         if entry.trainable == "all":
             model.requires_grad_(True)
         else:
+            torch.manual_seed(config.seed)  # the adapters' start
             model = attacks.find(entry.trainable).choose(model, shape, config.knobs)
         model.train()
         ds = run_.start_engine(model, [p for p in model.parameters() if p.requires_grad])

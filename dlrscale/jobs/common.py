@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,12 +74,12 @@ def load_corpora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpo
         ConfigError: If a file is wrong, or there is less than one global batch.
     """
 
-    def read(place: str, limit: int = 0) -> TokenData:
+    def read(place: str, limit: int = 0, columns: Mapping[str, str] | None = config.columns) -> TokenData:
         return data.load(
             place,
             tokenizer,
             seq_len=config.seq_len,
-            columns=config.columns,
+            columns=columns,
             document_separator=config.document_separator,
             limit=limit,
         )
@@ -91,7 +91,8 @@ def load_corpora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpo
         train, heldout = data.split_heldout(train)
         heldout = heldout.subset(slice(config.heldout_limit or None))
     base = getattr(config, "heldout_base", None)
-    own = read(base, config.heldout_limit) if base else None
+    # Another domain's file may have other keys.
+    own = read(base, config.heldout_limit, data.fitting_columns(base, config.columns)) if base else None
     corpora = Corpora(train, heldout, own, data.pad_id(tokenizer))
     make_batches(config, corpora, 0, config.num_ranks)  # refuses less than one global batch
     return corpora

@@ -76,7 +76,8 @@ def lock(run_: Run) -> None:
         nets = distiller.weights(ds)
         if ds.rank == 0:
             manifest = lock_manifest(run_, ds, ranks, loop.state["b"], losses, errors)
-            export.export_locked(config.model, run_.out / MODEL_FOLDER, config.dtype, config.form, nets, manifest)
+            dtype = models.stored_dtype(config.model)  # the base's own, whatever the lock was trained in
+            export.export_locked(config.model, run_.out / MODEL_FOLDER, dtype, config.form, nets, manifest)
         ds.barrier()
 
 

@@ -183,6 +183,13 @@ def test_direct_launch_is_the_same_job(locked: Path, place: Path) -> None:
     assert "held-out loss in nats per token" in done.stdout
     assert rows(place / "direct") == rows(locked)
     assert last(place / "direct")["id"] == last(locked)["id"]
+    before = (place / "direct" / record.STEPS_FILE).read_bytes()
+    again = subprocess.run(
+        line, cwd=place, env=launcher.environment(2) | env(), capture_output=True, text=True, timeout=300
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "was done before" in again.stdout + again.stderr
+    assert (place / "direct" / record.STEPS_FILE).read_bytes() == before
 
 
 def test_direct_launch_refuses_with_one_voice(place: Path) -> None:
@@ -335,6 +342,7 @@ def test_gpt2_line(gpt2: Path, place: Path) -> None:
         "--tracking-uri", "none",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert json.loads((place / "gpt2" / "model" / "config.json").read_text())["dtype"] == "float32"  # the base's own
     assert "form plain" in done.stderr
     assert "warm start" in done.stderr
     done = dlrscale(

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -52,7 +53,11 @@ def call(place, capsys):
 
 @pytest.fixture(scope="module")
 def locked_folder(llama_folder, make_locked):
-    return make_locked(llama_folder, "locked-llama")
+    folder = make_locked(llama_folder, "locked-llama")
+    manifest = json.loads((folder / "lock.json").read_text())
+    manifest["base"]["digest"] = configuration.digest(str(llama_folder))
+    (folder / "lock.json").write_text(json.dumps(manifest))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +415,35 @@ def test_attack_checks_base_and_model(call, place, llama_folder, locked_folder):
     refuse(call, place[0], line, f"--base {locked_folder} is a locked model itself")
 
 
+def test_attack_wants_the_lock_s_own_base_and_manifest(call, place, llama_folder, locked_folder, tmp_path):
+    other, bare = tmp_path / "other", tmp_path / "bare"
+    shutil.copytree(llama_folder, other)
+    (other / "tokenizer_config.json").write_text("{}")
+    line = attack_line(place, locked_folder, "--strategy", "full", "--base", other)
+    refuse(call, place[0], line, f"--base {other} is not the model that", "lock.json")
+    shutil.copytree(locked_folder, bare)
+    (bare / "lock.json").unlink()
+    refuse(call, place[0], attack_line(place, bare, "--strategy", "full"), "is locked, but has no lock.json")
+    line = attack_line(place, locked_folder, "--strategy", "full", "--base", bare)
+    refuse(call, place[0], line, f"--base {bare} is a locked model itself")
+
+
+def test_a_deepspeed_file_does_not_cancel_a_strategy(call, place, locked_folder):
+    file = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
+    line = attack_line(place, locked_folder, "--strategy", "full-offload", "--deepspeed_config", file)
+    refuse(call, place[0], line, "contradicts the strategy full-offload", "zero2.json")
+
+
+def test_settings_that_a_run_would_ignore_are_refused(call, place, llama_folder):
+    work, _ = place
+    (work.parent / "hosts").write_text("a slots=2\nb slots=2\n")
+    line = lock_line(place, llama_folder, "--hostfile", work.parent / "hosts", "--num-ranks", 2)
+    refuse(call, work, line, "--num-ranks 2", "4 slots", "hosts")
+    (work.parent / "own.json").write_text('{"scheduler": {"type": "WarmupLR"}}')
+    line = lock_line(place, llama_folder, "--deepspeed_config", work.parent / "own.json")
+    refuse(call, work, line, "scheduler", "own.json", "--heal-lr")
+
+
 def test_flattening_what_is_no_mlp_is_refused_before_anything_starts(call, place, gpt2_gated_folder):
     line = attack_line(place, gpt2_gated_folder, "--strategy", "flatten")
     refuse(call, place[0], line, "--strategy flatten", "gated", "gpt2", "undistil")
@@ -417,7 +451,7 @@ def test_flattening_what_is_no_mlp_is_refused_before_anything_starts(call, place
 
 def test_a_folder_of_another_run_is_refused(call, place, llama_folder, tmp_path):
     out = tmp_path / "taken"
-    configuration.claim_folder(out, "f" * 64)
+    configuration.claim_folder(out, "1" * 64, "f" * 64)
     refuse(call, place[0], lock_line(place, llama_folder, "--out", out), out, "another run", "ffffffff")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "x.tex").write_text("x")

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from dlrscale import config as configuration
+from dlrscale import record
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
 
@@ -180,17 +181,28 @@ def test_embedded_corpora_count_by_name_and_interpreter():
 
 def test_claim_folder(tmp_path):
     out = tmp_path / "new" / "run"
-    configuration.claim_folder(out, "a" * 64)
-    configuration.claim_folder(out, "a" * 64)
+    configuration.claim_folder(out, "1" * 64, "a" * 64)
+    configuration.claim_folder(out, "2" * 64, "a" * 64)  # not ended: goes on at another layout
     with pytest.raises(ConfigError) as error:
-        configuration.claim_folder(out, "b" * 64)
+        configuration.claim_folder(out, "1" * 64, "b" * 64)
     assert all(part in str(error.value) for part in (str(out), "aaaaaaaa", "bbbbbbbb", "--out"))
+
+
+def test_a_finished_run_is_not_overwritten_by_another_layout(tmp_path):
+    configuration.claim_folder(tmp_path / "run", "1" * 64, "a" * 64)
+    record.append_line(tmp_path / "run" / "records.jsonl", record.make_record(id="1" * 64, outcome="failed"))
+    assert configuration.check_folder(tmp_path / "run", "2" * 64, "a" * 64) is None
+    entry = record.make_record(id="1" * 64, outcome="ok")
+    record.append_line(tmp_path / "run" / "records.jsonl", entry)
+    assert configuration.check_folder(tmp_path / "run", "1" * 64, "a" * 64) == entry
+    with pytest.raises(ConfigError, match="another ZeRO stage"):
+        configuration.claim_folder(tmp_path / "run", "2" * 64, "a" * 64)
 
 
 def test_claim_folder_refuses_what_is_not_ours(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="is no folder of a run"):
-        configuration.claim_folder(tmp_path, "a" * 64)
+        configuration.claim_folder(tmp_path, "1" * 64, "a" * 64)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ConfigError, match="is no folder of a run"):
-        configuration.claim_folder(tmp_path / "thesis.tex", "a" * 64)
+        configuration.claim_folder(tmp_path / "thesis.tex", "1" * 64, "a" * 64)

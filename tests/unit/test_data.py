@@ -450,3 +450,13 @@ def test_pad_id(tokenizer):
     padded = make_tokenizer()
     padded.pad_token = "<s>"
     assert data.pad_id(padded) == BOS
+
+
+def test_columns_of_one_file_are_taken_for_another_only_if_it_has_them(tmp_path):
+    own, same = tmp_path / "own.jsonl", tmp_path / "same.jsonl"
+    own.write_text('{"text": "a"}\n')
+    same.write_text('\n{"q": "a", "a": "b"}\n')
+    columns = {"prompt": "q", "completion": "a"}
+    assert data.fitting_columns(str(own), columns) is None
+    assert data.fitting_columns(str(same), columns) == columns
+    assert data.fitting_columns(str(tmp_path / "plain.txt"), columns) == columns

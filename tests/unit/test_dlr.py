@@ -29,7 +29,7 @@ def net_of(model, ranks, form=None):
     form = form or ("gated" if family.gated else "plain")
     activation = getattr(mlp, family.activation_module)
     net = DLRNet(weights.up.shape[1], ranks, form, activation, bias=weights.down_bias is not None)
-    dlr.warm_start(net.to(weights.up.dtype), weights)
+    dlr.warm_start(net.to(weights.up.dtype), weights, torch.Generator().manual_seed(0))
     return mlp, weights, net
 
 
@@ -223,7 +223,7 @@ def started(form, depth, start, dtype, width, inner, x):
     mlp = random_mlp(gated, width, inner)
     net = DLRNet(width, shapes.split_ranks(inner, depth), form, ACTIVATION)
     if start == "warm":
-        dlr.warm_start(net, mlp)
+        dlr.warm_start(net, mlp, torch.Generator())
     else:
         dlr.cold_start(net, torch.Generator().manual_seed(depth))
     net = net.to(dtype)
@@ -291,3 +291,14 @@ def test_warm_start_does_not_touch_the_base_mlp(make_llama):
         for parameter in net.parameters():
             parameter.zero_()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_units_beyond_the_mlp_can_learn(make_llama, make_gpt2, family):
+    """With more units than neurons a warm start is still the MLP, and every unit's B gets a gradient."""
+    mlp, weights, net = net_of(make_llama() if family == "llama" else make_gpt2(), (40, 40))
+    x = randn(16, weights.up.shape[1], seed=4)
+    torch.testing.assert_close(net(x), mlp(x), rtol=1e-4, atol=1e-5)
+    net(x).square().sum().backward()
+    gradient = torch.cat([block.b_proj.weight.grad for block in net.blocks], dim=1)
+    assert (gradient.norm(dim=0) > 0).all()

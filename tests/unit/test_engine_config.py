@@ -125,7 +125,7 @@ def test_any_two_of_the_three_fix_the_third(ranks):
             ("train_batch_size 24", "micro-batch 4", "accumulation 2", "of 3 fits"),
         ),
         ({"train_batch_size": 2}, (4, None), ("train_batch_size 2",)),
-        ({"train_batch_size": "auto"}, (None, None), ("train_batch_size", "'auto'", "leave it out")),
+        ({"train_batch_size": "many"}, (None, None), ("train_batch_size", "'many'", "leave it out")),
         ({"train_micro_batch_size_per_gpu": 0}, (None, None), ("train_micro_batch_size_per_gpu", "0")),
         ({"gradient_accumulation_steps": 1.5}, (None, None), ("gradient_accumulation_steps", "1.5")),
     ],
@@ -251,3 +251,26 @@ def test_check_layout(tmp_path):
             engine.check_layout(tmp_path, *layout)
         text = str(error.value)
         assert all(part in text for part in ("step10", "2 ranks at ZeRO stage 3", "--num-ranks 2 --zero 3", "--out"))
+
+
+def test_auto_is_resolved_everywhere(tmp_path):
+    file = tmp_path / "hf.json"
+    file.write_text(
+        json.dumps(
+            {
+                "bf16": {"enabled": "auto"},
+                "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+                "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"},
+                "train_batch_size": "auto",
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+            }
+        )
+    )
+    assert engine.resolve_batch(engine.read_file(str(file)), 2, None, 2) == (2, 1)
+    merged = engine.merge(RunConfig(**PLACES, zero=3, deepspeed_config=str(file), micro_batch=2, num_ranks=2, lr=0.5))
+    assert "auto" not in json.dumps(merged)
+    assert merged["zero_optimization"] == {"stage": 3}
+    assert merged["train_batch_size"] == 4
+    assert merged["optimizer"]["params"]["lr"] == 0.5
+    assert not merged["bf16"].get("enabled")

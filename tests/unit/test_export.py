@@ -434,8 +434,8 @@ def test_the_transform_flatten(locked, llama_folder, tmp_path):
     out = flatten.apply(locked["llama-tied"], tmp_path / "flat")
     assert out == tmp_path / "flat"
     assert type(models.load_model(out)) is LlamaForCausalLM
-    assert flatten.stored_dtype(locked["gpt2-bf16"]) == "bf16"
-    assert flatten.stored_dtype(llama_folder) == "fp32"
+    assert models.stored_dtype(locked["gpt2-bf16"]) == "bf16"
+    assert models.stored_dtype(llama_folder) == "fp32"
 
 
 def test_lora_on_a_locked_model(locked):

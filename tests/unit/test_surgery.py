@@ -57,6 +57,15 @@ def test_a_warm_student_at_coupling_zero_is_the_base(base, lock_config):
     assert torch.equal(logits(base), before)  # mode() goes back to the teacher
 
 
+def test_the_student_has_no_dropout(make_gpt2, lock_config):
+    """GPT-2's own MLP has a dropout of 0.1: a warm student at b = 0 must equal its teacher all the same."""
+    switches = install(make_gpt2(resid_pdrop=0.1), lock_config, start="warm")
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    for switch in switches:
+        assert not switch.net.training
+        torch.testing.assert_close(switch.net(x), switch.mlp(x), rtol=1e-4, atol=1e-5)
+
+
 def test_mode_goes_back_after_an_error(base, lock_config):
     switches = install(base, lock_config)
     with pytest.raises(RuntimeError, match="x"), surgery.mode(switches, "student", lambda *a: None):

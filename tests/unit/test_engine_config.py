@@ -164,11 +164,11 @@ def test_merge_on_the_cpu_takes_torchs_optimizer_when_offloading():
 def test_merge_with_an_accelerator_keeps_deepspeeds_cpu_adam_if_it_can_be_built(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     config = RunConfig(**PLACES, zero=2, offload_optimizer=True)
-    monkeypatch.setattr(engine, "compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(engine.config, "compiler", lambda: "/usr/bin/g++")
     merged = engine.merge(config)
     assert "zero_force_ds_cpu_optimizer" not in merged
     assert "torch_adam" not in merged["optimizer"]["params"]
-    monkeypatch.setattr(engine, "compiler", lambda: None)
+    monkeypatch.setattr(engine.config, "compiler", lambda: None)
     assert engine.merge(config)["zero_force_ds_cpu_optimizer"] is False
 
 

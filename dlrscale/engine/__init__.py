@@ -1,0 +1,36 @@
+"""The only door to DeepSpeed: configurations, initialisation, steps, gathering and checkpoints.
+
+torch and deepspeed are imported where they are needed, so that building a configuration stays fast.
+"""
+
+from dlrscale.engine.checkpoints import check_layout, checkpoints
+from dlrscale.engine.config import (
+    compiler,
+    file_dtype,
+    file_levers,
+    lever_config,
+    merge,
+    read_file,
+    resolve_batch,
+    without_auto,
+)
+from dlrscale.engine.core import Engine
+from dlrscale.engine.devices import device_count, device_type, start_distributed, stop_distributed
+
+__all__ = [
+    "Engine",
+    "check_layout",
+    "checkpoints",
+    "compiler",
+    "device_count",
+    "device_type",
+    "file_dtype",
+    "file_levers",
+    "lever_config",
+    "merge",
+    "read_file",
+    "resolve_batch",
+    "start_distributed",
+    "stop_distributed",
+    "without_auto",
+]

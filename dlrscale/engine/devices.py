@@ -1,0 +1,67 @@
+"""The accelerator of this host, and the process group of its ranks."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+DISTRIBUTED_TIMEOUT = timedelta(minutes=30)
+
+
+def device_type() -> str:
+    """`cuda` or another accelerator's name, or `cpu`; DS_ACCELERATOR decides where it is set."""
+    chosen = os.environ.get("DS_ACCELERATOR")
+    if chosen:
+        return chosen
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_count() -> int:
+    """Accelerators of this host, or 1 where there is only a CPU."""
+    if device_type() != "cuda":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def start_distributed() -> tuple[int, int]:
+    """Join the process group that the DeepSpeed launcher's environment describes.
+
+    Returns:
+        This process's rank and the number of ranks; (0, 1) where no launcher was used.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device_type())
+    for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(key, value)
+    if "MASTER_PORT" not in os.environ:
+        from dlrscale.launcher import free_port
+
+        os.environ["MASTER_PORT"] = str(free_port())
+    import logging
+
+    import deepspeed
+    import torch.distributed as dist
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if os.environ["DS_ACCELERATOR"] == "cpu":
+        # Its shared-memory collective would be compiled at the first use; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if os.environ["DS_ACCELERATOR"] == "cuda":
+        import torch
+
+        # Before the first collective: NCCL takes the current device, and the engine comes later.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(timeout=DISTRIBUTED_TIMEOUT, verbose=False)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def stop_distributed() -> None:
+    """Leave the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -24,6 +24,10 @@ LAYOUT_KEYS = (
     "gradient_accumulation_steps", "steps_per_print",
 )  # fmt: skip
 
+# Held while a command, and while the ranks, write into a run's folder.
+COMMAND_LOCK, RANK_LOCK = ".command.lock", ".rank.lock"
+OWN_FILES = (COMMAND_LOCK, RANK_LOCK, ".ranks")  # what a start may leave that was killed at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -244,7 +248,7 @@ def check_folder(out: Path, run_id: str, resume_id: str) -> dict[str, Any] | Non
     """
     marker = out / "run.json"
     if not marker.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(entry.name not in OWN_FILES for entry in out.iterdir())):
             raise ConfigError(f"{out} exists and is no folder of a run. Choose another --out, or empty it yourself.")
         return None
     try:
@@ -266,6 +270,11 @@ def check_folder(out: Path, run_id: str, resume_id: str) -> dict[str, Any] | Non
             "batch. Choose another --out: both are results of their own."
         )
     return entries[-1]
+
+
+def taken(out: Path) -> str:
+    """What to say when another process holds a run's folder."""
+    return f"{out}: another command writes into this folder now. Wait for its end, or choose another --out."
 
 
 def claim_folder(out: Path, run_id: str, resume_id: str) -> None:

@@ -6,13 +6,14 @@ Measuring never runs inside a timed step: saved bytes are counted in the first s
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from dlrscale.launcher.ranks import RankNote, status_bytes
 
 TRAINING_PHASES = ("distil", "forward", "backward", "optimizer")
 
@@ -79,16 +80,6 @@ def _key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _status_bytes(field: str) -> int | None:
-    """A field of /proc/self/status in bytes, or None where there is no such file."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            match = re.search(rf"^{field}:\s+(\d+) kB", file.read(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(match.group(1)) * 1024 if match else None
-
-
 def _reset_host_peak() -> None:
     """Let the kernel's high-water mark of this process start at its present size, where it can be written."""
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
@@ -100,7 +91,7 @@ def host_peak_bytes() -> int:
 
     VmHWM and not getrusage: Linux carries the latter's maximum over from the parent process.
     """
-    peak = _status_bytes("VmHWM")
+    peak = status_bytes("VmHWM")
     if peak is None:
         import psutil
 
@@ -117,12 +108,18 @@ def synchronise(device: torch.device) -> None:
 class Phases:
     """Seconds and peaks of named phases: `load`, `forward`, `backward`, `optimizer`, `evaluate`, `save`.
 
-    A phase that occurs many times adds its seconds and keeps its highest peaks. Seconds of the first
-    `warmup` steps are left out of `step_means`.
+    A phase that occurs many times adds its seconds and keeps its highest peaks. `broken` is the phase that an
+    exception has left, None before.
+
+    Args:
+        device: Where the work is done.
+        note: Where each phase is said as it begins, for whoever watches this rank.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, note: RankNote | None = None):
         self.device = device
+        self.note = note
+        self.broken: str | None = None
         self.phases: dict[str, dict[str, float]] = {}
         self.step: dict[str, float] = {}
 
@@ -133,11 +130,17 @@ class Phases:
         _reset_host_peak()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        if self.note is not None:
+            self.note.say(name)
         start = time.perf_counter()
         try:
             yield
+        except BaseException:
+            self.broken = self.broken or name
+            raise
         finally:
-            synchronise(self.device)
+            with contextlib.suppress(RuntimeError):  # after an error the device may have nothing more to say
+                synchronise(self.device)
             seconds = time.perf_counter() - start
             entry = self.phases.setdefault(name, {"seconds": 0.0, "host_peak_rss_bytes": 0})
             entry["seconds"] += seconds

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import fcntl
 import hashlib
 import json
 import math
@@ -175,6 +176,48 @@ def run_ids(config: Mapping[str, Any]) -> tuple[str, str]:
         offload and the split of the global batch).
     """
     return hash_config(config, UNIDENTIFIED_KEYS), hash_config(config, PLACEMENT_KEYS | UNIDENTIFIED_KEYS)
+
+
+def process_started(pid: int) -> int | None:
+    """When a process of this host was started, in clock ticks since the boot; None where it has gone.
+
+    A pid alone is used again; with its start it names one process. A zombie has gone.
+    """
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if words[0] in "ZX" else int(words[19])
+
+
+@contextlib.contextmanager
+def held(file: Path, patience_s: float = 0.0) -> Iterator[bool]:
+    """Hold a lock on a file while inside; the kernel frees it when the process dies in whatever way.
+
+    Args:
+        file: The file; made if need be.
+        patience_s: Seconds to wait for another holder.
+
+    Yields:
+        Whether the lock was got; also where the filesystem has no locks.
+    """
+    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        until = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                got = True
+            except BlockingIOError:
+                got = False
+            except OSError:
+                got = True
+            if got or time.monotonic() >= until:
+                break
+            time.sleep(0.2)
+        yield got
+    finally:
+        os.close(handle)
 
 
 def _digest_cache() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,7 @@ from dlrscale.evaluate import cross_entropy_sum
 from dlrscale.measure import Phases, SavedBytes
 
 TIMING_WARMUP_STEPS = 2
+CHECKPOINT_FOLDER = "checkpoints"
 
 
 class Diverged(Exception):
@@ -79,17 +81,14 @@ class Loop:
     @property
     def checkpoint_folder(self) -> Path:
         """Where this run's checkpoints lie."""
-        return self.out / "checkpoints"
+        return self.out / CHECKPOINT_FOLDER
 
     def resume(self) -> int:
-        """Go on from the newest whole checkpoint; returns the steps that are done, 0 for a fresh start."""
-        from dlrscale.engine import checkpoints
-
-        found = checkpoints(self.checkpoint_folder)
+        """Go on from the checkpoint that the engine has found; returns the steps done, 0 for a fresh start."""
         done = 0
-        if found:
-            self.state = self.engine.load(self.checkpoint_folder, found[-1])
-            done = found[-1]
+        if self.engine.checkpoint is not None:
+            self.state = self.engine.load()
+            done = self.engine.checkpoint.step
         steps = self.out / record.STEPS_FILE
         if steps.exists():
             self.rows = [row for row in record.read_lines(steps) if row["step"] <= done]
@@ -117,9 +116,11 @@ class Loop:
             Diverged: If the loss is not finite.
         """
         last = stage.offset + stage.steps
+        first = done
         while done < last:
             step = done + 1
-            row = self._step(stage, done)
+            with self.engine.every_gradient() if done == first else nullcontext():
+                row = self._step(stage, done)
             if not math.isfinite(row["loss/train"]):
                 self._write(row)
                 raise Diverged(f"{stage.name} step {step}: the loss is {row['loss/train']}")

@@ -15,6 +15,7 @@ from dlrscale import catalogue, launcher, record
 from dlrscale import config as configuration
 from dlrscale.config import LockConfig, RunConfig
 from dlrscale.errors import ConfigError, JobError
+from dlrscale.launcher.ranks import Ranks
 from dlrscale.record import Outcome
 
 
@@ -179,7 +180,9 @@ def inside_launch() -> bool:
 def run_rank(config: RunConfig, dry_run: bool) -> None:
     """Run a job as one rank of a direct `deepspeed launch/...`; rank 0 alone speaks. Ends the process."""
     from dlrscale import jobs, tracking
+    from dlrscale.launcher.guard import Guard
 
+    guard = Guard().start()
     first = os.environ["RANK"] == "0"
     merged = jobs.preflight(config)
     if dry_run:
@@ -191,7 +194,7 @@ def run_rank(config: RunConfig, dry_run: bool) -> None:
     if entry is None:
         if first and config.tracking_uri != "none":
             tracking.prepare(config.tracking_uri)
-        code = jobs.run(config, jobs.make_tracker)
+        code = jobs.run(config, jobs.make_tracker, guard)
         entry = last_record(config)
     elif first:
         click.echo(f"{config.name}: was done before", err=True)
@@ -216,7 +219,7 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
         ConfigError: If the input is wrong.
         JobError: If the job failed; its record was written all the same.
     """
-    from dlrscale import jobs, tracking
+    from dlrscale import jobs
 
     merged = jobs.preflight(config)
     if dry_run:
@@ -229,25 +232,7 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
     if entry is not None:
         click.echo(f"{config.name}: was done before", err=True)
     else:
-        if config.tracking_uri != "none":
-            tracking.prepare(config.tracking_uri)
-        configuration.claim_folder(out, run_id, resume_id)
-        before = count_records(config)
-        with Progress(config) as progress:
-            code = launcher.run(config, progress.update)
-        if count_records(config) == before:
-            entry = jobs.describe(config, merged, run_id, resume_id)
-            entry |= {
-                "outcome": Outcome.OOM.value if code == launcher.EXIT_OOM else Outcome.FAILED.value,
-                "started": record.now(),
-                "metrics": {},
-                "phases": {},
-                "error": f"the ranks ended (launcher exit code {code}) and left no record; see {out}/ranks.log",
-            }
-            record.append_line(out / record.RECORDS_FILE, entry)
-        entry = last_record(config)
-        if entry["outcome"] == Outcome.FAILED.value and code == launcher.EXIT_CONFIG:
-            raise ConfigError(entry["error"])
+        entry = _launch(config, jobs.describe(config, merged, run_id, resume_id))
     if entry["outcome"] == Outcome.FAILED.value:
         raise JobError(
             f"{config.name} failed: {entry['error']}\nThe end of {out}/ranks.log:\n{launcher.tail(out / 'ranks.log')}"
@@ -256,6 +241,75 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
         for line in jobs.summary_lines(entry, out):
             click.echo(line)
     return entry
+
+
+def _launch(config: RunConfig, description: dict[str, Any]) -> dict[str, Any]:
+    """Run the ranks of a job to the record of this start; where they leave none, it is written here.
+
+    Args:
+        config: The resolved configuration.
+        description: The record as far as it is known before the start.
+
+    Returns:
+        The record.
+
+    Raises:
+        ConfigError: If another command has the folder, or the ranks refused their input.
+        Interrupted: If this command was told to end; the record says so.
+    """
+    from dlrscale import tracking
+
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with record.held(out / configuration.COMMAND_LOCK) as alone:
+        if not alone:
+            raise ConfigError(configuration.taken(out))
+        configuration.claim_folder(out, description["id"], description["resume_id"])
+        if config.tracking_uri != "none":
+            tracking.prepare(config.tracking_uri)
+        before, started, ranks = count_records(config), record.now(), Ranks(out)
+        try:
+            with Progress(config) as progress:
+                code = launcher.run(config, lambda: (progress.update(), ranks.sample()))
+        except launcher.Interrupted as signal:
+            if count_records(config) == before:
+                _leave_record(config, description, ranks, started, Outcome.FAILED, f"interrupted by {signal}")
+            raise
+        if count_records(config) == before:
+            outcome, error = end_of_ranks(code, ranks, out)
+            _leave_record(config, description, ranks, started, outcome, error)
+        entry = last_record(config)
+        if entry["outcome"] == Outcome.FAILED.value and code == launcher.EXIT_CONFIG:
+            raise ConfigError(entry["error"])
+        return entry
+
+
+def end_of_ranks(code: int, ranks: Ranks, out: Path) -> tuple[Outcome, str]:
+    """How a job ended whose ranks left no record.
+
+    Args:
+        code: The launcher's exit code.
+        ranks: What was seen of the ranks.
+        out: The run's folder.
+
+    Returns:
+        The outcome and what to say of it.
+    """
+    doing = ", ".join(f"rank {rank} in {phase}" for rank, (_, phase) in sorted(ranks.notes().items())) or "at the start"
+    name = launcher.signal_of(code)
+    if code == launcher.EXIT_OOM or (name == "SIGKILL" and ranks.out_of_memory()):
+        return Outcome.OOM, f"the host ran out of memory and the kernel killed a rank ({doing})"
+    if name is not None:
+        return Outcome.FAILED, f"a rank was ended from outside by {name} ({doing})"
+    return Outcome.FAILED, f"the ranks ended (launcher exit code {code}) and left no record; see {out}/ranks.log"
+
+
+def _leave_record(
+    config: RunConfig, description: dict[str, Any], ranks: Ranks, started: str, outcome: Outcome, error: str
+) -> None:
+    peak = {"memory/host_peak_rss_bytes": ranks.peak_rss_bytes} if ranks.peak_rss_bytes else {}
+    entry = description | {"outcome": outcome.value, "started": started, "metrics": peak, "phases": {}, "error": error}
+    record.append_line(Path(config.out) / record.RECORDS_FILE, entry)
 
 
 def count_records(config: RunConfig) -> int:

@@ -3,7 +3,7 @@
 torch and deepspeed are imported where they are needed, so that building a configuration stays fast.
 """
 
-from dlrscale.engine.checkpoints import check_layout, checkpoints
+from dlrscale.engine.checkpoints import Checkpoint, Layout, check_layout, checkpoints, find_checkpoint
 from dlrscale.engine.config import (
     compiler,
     file_dtype,
@@ -15,17 +15,22 @@ from dlrscale.engine.config import (
     without_auto,
 )
 from dlrscale.engine.core import Engine
-from dlrscale.engine.devices import device_count, device_type, start_distributed, stop_distributed
+from dlrscale.engine.devices import barrier, device, device_count, device_type, start_distributed, stop_distributed
 
 __all__ = [
+    "Checkpoint",
     "Engine",
+    "Layout",
+    "barrier",
     "check_layout",
     "checkpoints",
     "compiler",
+    "device",
     "device_count",
     "device_type",
     "file_dtype",
     "file_levers",
+    "find_checkpoint",
     "lever_config",
     "merge",
     "read_file",

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlrscale import record
-from dlrscale.engine.checkpoints import check_layout, checkpoints
+from dlrscale.engine.checkpoints import WHOLE, Checkpoint, Layout, checkpoints, convert, files_of, read_whole, sha256
 from dlrscale.engine.config import file_levers
-from dlrscale.errors import JobError
+from dlrscale.errors import ConfigError, JobError
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +28,16 @@ class Engine:
         model: The model; its weights must be final, since the fp32 masters are copied here.
         trainable: The parameters to train.
         ds_config: A merged configuration (`merge`).
+        checkpoint: The checkpoint that `load` will go on from, if there is one.
     """
 
-    def __init__(self, model: nn.Module, trainable: list[nn.Parameter], ds_config: dict[str, Any]):
+    def __init__(
+        self,
+        model: nn.Module,
+        trainable: list[nn.Parameter],
+        ds_config: dict[str, Any],
+        checkpoint: Checkpoint | None = None,
+    ):
         import deepspeed
         import torch
         import torch.distributed as dist
@@ -40,11 +47,15 @@ class Engine:
         self.accumulation = int(ds_config["gradient_accumulation_steps"])
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.own_schedule = "scheduler" in ds_config
+        self.checkpoint = checkpoint
+        self.layout = Layout(self.world_size, self.stage)
+        self._trained = {id(p) for p in trainable}
+        passed = json.loads(json.dumps(ds_config))
+        if checkpoint is not None and self.layout.reads(checkpoint.written) == "universal":
+            passed["checkpoint"] = passed.get("checkpoint", {}) | {"load_universal": True}
         # A bf16 engine casts buffers too; those that the model keeps in fp32 (rotary frequencies) must stay so.
         kept = {name: b.clone() for name, b in model.named_buffers() if b.dtype.is_floating_point and b.numel() > 1}
-        self.ds, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, model_parameters=trainable, config=json.loads(json.dumps(ds_config))
-        )
+        self.ds, self.optimizer, _, _ = deepspeed.initialize(model=model, model_parameters=trainable, config=passed)
         self.device = self.ds.device
         # DeepSpeed's half-precision wrappers at stage 0 make the optimizer's states by a step with zero gradients,
         # and Adam counts it: its bias correction would be one step late, unlike at the other stages.
@@ -151,12 +162,42 @@ class Engine:
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None, enabled=self.stage == 3):
             yield
 
+    @property
+    def trained_names(self) -> list[str]:
+        """The names of the parameters that this engine trains, sorted."""
+        return sorted(name for name, p in self.module.named_parameters() if id(p) in self._trained)
+
+    @contextlib.contextmanager
+    def every_gradient(self) -> Iterator[None]:
+        """Check that a gradient reaches every trained parameter while inside; a run that it does not is no attack.
+
+        Raises:
+            JobError: On leaving, with the names of the parameters that none has reached.
+        """
+        reached: set[str] = set()
+        named = [(name, p) for name, p in self.module.named_parameters() if id(p) in self._trained]
+        handles = [p.register_hook(lambda _, name=name: reached.add(name)) for name, p in named]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        missed = [name for name, _ in named if name not in reached]
+        if missed:
+            raise JobError(
+                f"No gradient reaches {len(missed)} of {len(named)} trained parameters, such as "
+                f"{', '.join(missed[:3])}: the run would not be the training that it claims. Please report it with the "
+                "configuration."
+            )
+
     def save(self, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
         """Write checkpoint `step<N>` so that it appears whole or not at all; the oldest beyond `keep` go.
 
         Frozen parameters are left out: they come from the model's own folder.
         """
-        temporary, name = f"tmp-step{step}", f"step{step}"
+        import torch.distributed as dist
+
+        temporary, name = folder / f"tmp-step{step}", f"step{step}"
         if self.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob("tmp-*"):
@@ -164,45 +205,67 @@ class Engine:
         self.barrier()
         self.ds.save_checkpoint(
             str(folder),
-            tag=temporary,
+            tag=temporary.name,
             client_state={"dlrscale": state},
             save_latest=False,
             exclude_frozen_parameters=True,
         )
         self.barrier()
+        shares: list[dict[str, tuple[int, str]]] = [{}] * self.world_size
+        dist.all_gather_object(shares, _on_disk(temporary, files_of(temporary)[self.rank :: self.world_size]))
         if self.rank == 0:
-            whole = {"step": step, "world_size": self.world_size, "stage": self.stage, "files": {}}
-            for file in sorted((folder / temporary).rglob("*")):
-                if file.is_file():
-                    with open(file, "rb") as handle:
-                        os.fsync(handle.fileno())
-                    whole["files"][str(file.relative_to(folder / temporary))] = file.stat().st_size
-            record.write_atomic(folder / temporary / "whole.json", json.dumps(whole))
+            whole = {"step": step, "world_size": self.world_size, "stage": self.stage, "trained": self.trained_names}
+            whole["files"] = {file: entry for share in shares for file, entry in share.items()}
+            record.write_atomic(temporary / WHOLE, json.dumps(whole))
             if (folder / name).exists():
                 shutil.rmtree(folder / name)
-            os.replace(folder / temporary, folder / name)
+            os.replace(temporary, folder / name)
             for old in checkpoints(folder)[:-keep]:
                 shutil.rmtree(folder / f"step{old}")
+            for converted in folder.glob("universal-*"):
+                shutil.rmtree(converted)
         self.barrier()
 
-    def load(self, folder: Path, step: int) -> dict[str, Any]:
-        """Load checkpoint `step<N>` and return the state that was saved with it.
-
-        Args:
-            folder: The folder of the run's checkpoints.
-            step: N, the steps that were done when it was saved.
+    def load(self) -> dict[str, Any]:
+        """Load the checkpoint that this engine was made for, converting it where another layout wrote it.
 
         Returns:
             The state that `save` was given.
 
         Raises:
-            ConfigError: If another number of ranks or another stage wrote it.
+            ConfigError: If it trains other parameters, or cannot be converted.
             JobError: If DeepSpeed cannot read it.
         """
-        check_layout(folder, self.world_size, self.stage)
-        path, state = self.ds.load_checkpoint(str(folder), tag=f"step{step}", load_module_strict=False)
-        if path is None:
-            raise JobError(
-                f"DeepSpeed could not load {folder}/step{step}. Delete that folder to go on from an older one."
+        import torch.distributed as dist
+
+        folder, step = self.checkpoint.folder, self.checkpoint.step
+        name = f"step{step}"
+        if read_whole(folder / name)["trained"] != self.trained_names:
+            raise ConfigError(
+                f"{folder}/{name} holds other parameters than this run trains. Start it in another --out."
             )
+        if self.layout.reads(self.checkpoint.written) == "universal":
+            told: list[Any] = [None]
+            if self.rank == 0:
+                try:
+                    told = [convert(folder, step)]
+                except ConfigError as error:
+                    told = [error]
+            dist.broadcast_object_list(told, src=0)
+            if isinstance(told[0], ConfigError):
+                raise told[0]
+            name = told[0]
+        path, state = self.ds.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+        if path is None:
+            raise JobError(f"DeepSpeed could not load {folder}/{name}. Delete that folder to go on from an older one.")
         return state["dlrscale"]
+
+
+def _on_disk(folder: Path, names: list[str]) -> dict[str, tuple[int, str]]:
+    """Force files to the disk; their sizes and digests by name."""
+    found = {}
+    for name in names:
+        with open(folder / name, "rb") as handle:
+            os.fsync(handle.fileno())
+        found[name] = ((folder / name).stat().st_size, sha256(folder / name))
+    return found

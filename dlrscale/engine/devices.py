@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 DISTRIBUTED_TIMEOUT = timedelta(minutes=30)
 
@@ -16,6 +20,15 @@ def device_type() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    import torch
+
+    if device_type() == "cuda":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
 
 
 def device_count() -> int:
@@ -57,6 +70,14 @@ def start_distributed() -> tuple[int, int]:
     if not dist.is_initialized():
         deepspeed.init_distributed(timeout=DISTRIBUTED_TIMEOUT, verbose=False)
     return dist.get_rank(), dist.get_world_size()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    import torch.distributed as dist
+
+    if dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def stop_distributed() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import shutil
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +23,16 @@ from dlrscale.jobs.attack import attack
 from dlrscale.jobs.common import MODEL_FOLDER, Run, load_corpora
 from dlrscale.jobs.lock import lock
 from dlrscale.jobs.pretrain import pretrain
+from dlrscale.launcher.guard import Guard
+from dlrscale.launcher.ranks import RankNote
 from dlrscale.measure import Phases
 from dlrscale.record import Outcome
 from dlrscale.train import Diverged
 
 BODIES: dict[str, Callable[[Run], None]] = {"lock": lock, "attack": attack, "pretrain": pretrain}
 
-
+LEFTOVER_S = 60.0  # the longest that ranks of an earlier start take to go
+PEER_S = 20.0  # longer than the launcher takes to see that a rank has ended
 LOCK_KEYS = ("lock_id", "form", "depth", "ranks", "coupling", "start", "param_ratio")
 
 
@@ -71,65 +76,97 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     return merged
 
 
-def run(config: RunConfig, make_sink: Callable[[RunConfig, dict[str, Any]], Any] | None = None) -> int:
+def run(
+    config: RunConfig,
+    make_sink: Callable[[RunConfig, dict[str, Any]], Any] | None = None,
+    guard: Guard | None = None,
+) -> int:
     """Run a job on this rank to its record.
 
     Args:
         config: The resolved configuration.
         make_sink: Builds the tracker of rank 0 from the configuration and the record so far.
+        guard: What ends this rank when its launcher goes, if anything does.
 
     Returns:
         The exit code of this rank.
     """
-    rank, _ = engine.start_distributed()
-    started = record.now()
+    rank, world_size = engine.start_distributed()
+    out, device = Path(config.out), engine.device()
     ds_config = engine.merge(config)
     run_id, resume_id = configuration.run_ids(config, ds_config)
-    device = (
-        torch.device(engine.device_type(), int(os.environ["LOCAL_RANK"]))
-        if engine.device_type() == "cuda"
-        else torch.device("cpu")
-    )
-    job = Run(config, ds_config, Phases(device), Path(config.out), run_id)
-    outcome_file = job.out / ".outcome"
-    entry = describe(config, ds_config, run_id, resume_id)
+    entry = describe(config, ds_config, run_id, resume_id) | {"started": record.now(), "device": device_name(device)}
+    job = Run(config, ds_config, Phases(device), out, run_id)
     if rank == 0:
-        configuration.claim_folder(job.out, run_id, resume_id)
-        outcome_file.unlink(missing_ok=True)
-        if make_sink is not None:
-            job.sink = make_sink(config, entry)
-    outcome, error, code = Outcome.OK, None, 0
-    try:
-        BODIES[config.kind](job)
-    except Diverged as reason:
-        outcome, error, code = Outcome.DIVERGED, str(reason), launcher.EXIT_DIVERGED
-    except ConfigError as reason:
-        outcome, error, code = Outcome.FAILED, str(reason), launcher.EXIT_CONFIG
-    except Exception as reason:
-        traceback.print_exc()
-        if is_out_of_memory(reason):
-            outcome, code = Outcome.OOM, launcher.EXIT_OOM
-        else:
+        configuration.claim_folder(out, run_id, resume_id)
+    with record.held(out / configuration.RANK_LOCK, LEFTOVER_S) if rank == 0 else contextlib.nullcontext(True) as alone:
+        if not alone:
+            print(configuration.taken(out))
+            return launcher.EXIT_CONFIG
+        ending = Ending(job, entry, guard, rank)
+        if rank == 0:
+            ending.marker.unlink(missing_ok=True)
+            if make_sink is not None:
+                job.sink = make_sink(config, entry)
+        engine.barrier()  # no rank may claim the outcome before rank 0 has cleared the way
+        job.phases.note = RankNote(out, rank)
+        outcome, error, code = Outcome.OK, None, 0
+        try:
+            BODIES[config.kind](job)
+        except Diverged as reason:
+            outcome, error, code = Outcome.DIVERGED, str(reason), launcher.EXIT_DIVERGED
+        except ConfigError as reason:
+            outcome, error, code = Outcome.FAILED, str(reason), launcher.EXIT_CONFIG
+        except Exception as reason:
+            traceback.print_exc()
+            if lost_a_peer(reason) and world_size > 1:
+                time.sleep(PEER_S)  # the launcher ends this rank meanwhile, and tells of the one that ended first
             outcome, code = Outcome.FAILED, launcher.EXIT_FAILED
-        error = f"rank {rank}: {type(reason).__name__}: {reason}"
-    job.metrics |= job.phases.peaks()
-    entry |= {
-        "outcome": outcome.value,
-        "device": device_name(device),
-        "started": started,
-        "metrics": {k: v for k, v in job.metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)},
-        "phases": job.phases.phases,
-        "error": error,
-    }
-    entry["config"] |= job.notes
-    if (rank == 0 or outcome in (Outcome.OOM, Outcome.FAILED)) and claim_outcome(outcome_file):
-        record.append_line(job.out / record.RECORDS_FILE, entry)
-        if outcome is Outcome.OK:
-            # A finished run is not gone on with, and its optimizer states are large.
-            shutil.rmtree(job.out / "checkpoints", ignore_errors=True)
-    if job.sink is not None:
-        job.sink.finish(entry, [p for p in (job.out / record.RECORDS_FILE, job.out / record.STEPS_FILE) if p.exists()])
+            error = f"rank {rank}: {type(reason).__name__}: {reason}"
+            if is_out_of_memory(reason):
+                outcome, code = Outcome.OOM, launcher.EXIT_OOM
+                error = f"out of memory in the phase {job.phases.broken or 'start'}, {error}"
+        if rank == 0 or outcome in (Outcome.OOM, Outcome.FAILED):
+            ending.write(outcome, error)
     return code
+
+
+class Ending:
+    """How a rank writes the run's record, once: by itself, or by its guard when it is ended from outside.
+
+    `marker` is the file whose maker among all ranks writes the record.
+    """
+
+    def __init__(self, job: Run, entry: dict[str, Any], guard: Guard | None, rank: int):
+        self.job, self.entry = job, entry
+        self.marker = job.out / ".outcome"
+        self._lock = guard.busy if guard is not None else contextlib.nullcontext()
+        if guard is not None and rank == 0:
+            guard.last_words = lambda reason: self._write(Outcome.FAILED, reason)
+
+    def write(self, outcome: Outcome, error: str | None) -> None:
+        """Append the record and end the MLflow run, if no other rank was faster."""
+        with self._lock:
+            self._write(outcome, error)
+
+    def _write(self, outcome: Outcome, error: str | None) -> None:
+        job = self.job
+        if claim_outcome(self.marker):
+            job.metrics |= job.phases.peaks()
+            self.entry |= {
+                "outcome": outcome.value,
+                "metrics": {k: v for k, v in job.metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)},
+                "phases": job.phases.phases,
+                "error": error,
+            }
+            self.entry["config"] |= job.notes
+            record.append_line(job.out / record.RECORDS_FILE, self.entry)
+            if outcome is Outcome.OK:
+                # A finished run is not gone on with, and its optimizer states are large.
+                shutil.rmtree(job.out / "checkpoints", ignore_errors=True)
+        if job.sink is not None:
+            files = (job.out / record.RECORDS_FILE, job.out / record.STEPS_FILE)
+            job.sink.finish(self.entry, [file for file in files if file.exists()])
 
 
 def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_id: str) -> dict[str, Any]:
@@ -187,7 +224,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory, of the device or of the host, ran out."""
     text = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+        isinstance(error, (RuntimeError, OSError))
+        and any(
+            words in text
+            for words in ("not enough memory", "can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
+        )
+    )
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an exception says that another rank has gone: not the fault of this one."""
+    return isinstance(error, RuntimeError) and any(
+        words in str(error)
+        for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
     )
 
 

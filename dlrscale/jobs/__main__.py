@@ -5,7 +5,11 @@ import sys
 if __name__ == "__main__":
     sys.path.pop(0)  # the script's own folder, whose modules must not hide others of the same name
 
-from dlrscale import config, jobs
+from dlrscale.launcher.guard import Guard
 
 if __name__ == "__main__":
-    sys.exit(jobs.run(config.from_json(sys.argv[1]), jobs.make_tracker))
+    guard = Guard().start()  # before the slow imports
+
+    from dlrscale import config, jobs
+
+    sys.exit(jobs.run(config.from_json(sys.argv[1]), jobs.make_tracker, guard))

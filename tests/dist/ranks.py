@@ -157,7 +157,8 @@ def checkpoint(case: dict) -> dict:
 
     def fresh() -> engine.Engine:
         model = tiny_llama().train()
-        return engine.Engine(model, list(model.parameters()), merged(config))
+        found = engine.find_checkpoint(folder, engine.Layout(config.num_ranks, config.zero))
+        return engine.Engine(model, list(model.parameters()), merged(config), found)
 
     def steps(ds: engine.Engine, first: int) -> list[float]:
         plan, objective, phases = batches(config, ds), LanguageModelling(), Phases(ds.device)
@@ -172,7 +173,7 @@ def checkpoint(case: dict) -> dict:
     ds.save(folder, 2, {"note": "kept"}, keep=1)
     whole = steps(ds, 2)
     again = fresh()
-    state = again.load(folder, 2)
+    state = again.load()
     return {"whole": whole, "resumed": steps(again, 2), "state": state, "found": engine.checkpoints(folder)}
 
 

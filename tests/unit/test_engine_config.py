@@ -1,4 +1,4 @@
-"""The pure parts of engine.py: configurations for DeepSpeed, batch sizes and checkpoint folders."""
+"""Configurations for DeepSpeed: levers, files, batch sizes."""
 
 import itertools
 import json
@@ -211,46 +211,6 @@ def test_read_file_refuses(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(ConfigError, match="one JSON object"):
         engine.read_file(str(tmp_path / "x.json"))
-
-
-def checkpoint(folder, step, world_size=2, stage=1, files=("a.pt", "sub/b.pt")):
-    place = folder / f"step{step}"
-    for name in files:
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_bytes(b"x" * step)
-    whole = {"step": step, "world_size": world_size, "stage": stage, "files": dict.fromkeys(files, step)}
-    (place / "whole.json").write_text(json.dumps(whole))
-    return place
-
-
-def test_checkpoints_in_the_order_of_steps(tmp_path):
-    for step in (9, 100, 20):
-        checkpoint(tmp_path, step)
-    assert engine.checkpoints(tmp_path) == [9, 20, 100]
-    assert engine.checkpoints(tmp_path / "missing") == []
-
-
-def test_checkpoints_that_are_not_whole_do_not_count(tmp_path):
-    for step in range(1, 7):
-        checkpoint(tmp_path, step)
-    (tmp_path / "step2" / "whole.json").unlink()
-    (tmp_path / "step3" / "a.pt").write_bytes(b"x")  # cut off
-    (tmp_path / "step4" / "sub" / "b.pt").unlink()
-    (tmp_path / "step5" / "whole.json").write_text('{"step": 5')
-    (tmp_path / "step6").rename(tmp_path / "tmp-step6")
-    assert engine.checkpoints(tmp_path) == [1]
-
-
-def test_check_layout(tmp_path):
-    checkpoint(tmp_path, 5, world_size=1, stage=0)
-    checkpoint(tmp_path, 10, world_size=2, stage=3)
-    engine.check_layout(tmp_path, 2, 3)
-    engine.check_layout(tmp_path / "missing", 7, 1)
-    for layout in ((1, 3), (2, 2), (1, 0)):
-        with pytest.raises(ConfigError) as error:
-            engine.check_layout(tmp_path, *layout)
-        text = str(error.value)
-        assert all(part in text for part in ("step10", "2 ranks at ZeRO stage 3", "--num-ranks 2 --zero 3", "--out"))
 
 
 def test_auto_is_resolved_everywhere(tmp_path):

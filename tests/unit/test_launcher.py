@@ -70,7 +70,7 @@ def test_environment_of_ranks(monkeypatch):
     monkeypatch.setattr(launcher.os, "cpu_count", lambda: 8)
     env = launcher.environment(3)
     assert env["OMP_NUM_THREADS"] == "2"
-    assert env["PYTHONPATH"].split(os.pathsep)[0] == str(launcher.Path(launcher.__file__).parents[1])
+    assert env["PYTHONPATH"].split(os.pathsep)[0] == str(launcher.Path(launcher.__file__).parents[2])
     assert launcher.environment(99)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert launcher.environment(3)["OMP_NUM_THREADS"] == "5"

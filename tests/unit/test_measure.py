@@ -299,5 +299,5 @@ def test_a_lock_has_peaks_of_training_too():
 
 
 def test_host_peak_without_proc(monkeypatch):
-    monkeypatch.setattr(measure, "_status_bytes", lambda field: None)
+    monkeypatch.setattr(measure, "status_bytes", lambda field: None)
     assert measure.host_peak_bytes() > 10 * MB

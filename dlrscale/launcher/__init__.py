@@ -15,12 +15,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dlrscale import config as configuration
 from dlrscale.config import RunConfig
 from dlrscale.errors import ConfigError, JobError
+from dlrscale.launcher.guard import SIGNALS, command_variable
 
 # Exit codes of ranks: each ends its siblings at once; DeepSpeed's launcher passes it on.
 EXIT_OOM = 11
@@ -74,7 +75,7 @@ def command(config: RunConfig, port: int | None = None) -> list[str]:
     else:
         line += ["--num_gpus", str(config.num_ranks), "--master_addr", "127.0.0.1"]
         line += ["--master_port", str(port or free_port())]
-    script = Path(__file__).with_name("jobs") / "__main__.py"
+    script = Path(__file__).parent.parent / "jobs" / "__main__.py"
     return [*line, str(script), configuration.to_json(config)]
 
 
@@ -95,15 +96,19 @@ def environment(num_ranks: int) -> dict[str, str]:
     env.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # The venv's own scripts must be found (ninja), and a source checkout must be importable from any folder.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))
     return env
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal told this command to end; every rank has gone. `str` of it names the signal."""
 
 
 def run(config: RunConfig, watch: Callable[[], None] = lambda: None) -> int:
     """Run a job to its end and return the launcher's exit code; its output goes to `<out>/ranks.log`.
 
-    SIGINT and SIGTERM to this process end every rank before it raises.
+    However it ends, no process of it is left.
 
     Args:
         config: The resolved configuration.
@@ -114,34 +119,26 @@ def run(config: RunConfig, watch: Callable[[], None] = lambda: None) -> int:
 
     Raises:
         JobError: If the launcher cannot be started.
-        KeyboardInterrupt: If this process was interrupted, after all ranks have gone.
+        Interrupted: If this process got SIGINT, SIGTERM or SIGHUP.
     """
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     line = command(config)
-    with open(out / "ranks.log", "ab") as log:
+    env = environment(config.num_ranks) | ({} if config.hostfile else command_variable())
+    with _interrupted_by_signals(), open(out / "ranks.log", "ab") as log:
         try:
             process = subprocess.Popen(
-                line,
-                env=environment(config.num_ranks),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
+                line, env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
             )
         except OSError as error:
             raise JobError(f"The launcher did not start ({error}). Install the project in this environment.") from None
-        stop = _forward_signals(process)
         try:
             while process.poll() is None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=0.5)
                 watch()
-        except BaseException:
-            end_group(process)
-            raise
         finally:
-            stop()
+            end_group(process)  # also where the leader alone was killed: its children stay in the group
     return process.returncode
 
 
@@ -163,16 +160,34 @@ def end_group(process: subprocess.Popen) -> None:
             return
 
 
-def _forward_signals(process: subprocess.Popen):
-    """Turn SIGTERM of this process into an interrupt, so that the group is ended; returns how to undo that."""
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Raise `Interrupted` in the main thread at the first signal; further ones wait for the end of the ranks."""
     if threading.current_thread() is not threading.main_thread():
-        return lambda: None
+        yield
+        return
+    came: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        came.append(number)
+        if len(came) == 1:
+            raise Interrupted(signal.Signals(number).name)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    return lambda: signal.signal(signal.SIGTERM, before)
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, interrupt) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def signal_of(code: int) -> str | None:
+    """The signal that ended a rank, from the launcher's exit code: 256 - n as the launcher passes it, or 128 + n."""
+    for number in (256 - code, code - 128, -code):
+        if 1 <= number <= 31:
+            return signal.Signals(number).name
+    return None
 
 
 def tail(path: Path, lines: int = 30) -> str:

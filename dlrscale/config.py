@@ -135,6 +135,7 @@ class AttackConfig(RunConfig):
     strategy: str = "ckpt-layer"
     knobs: dict[str, float] = dataclasses.field(default_factory=dict)
     heldout_base: str | None = None
+    save_model: bool = False
     lock_id: str | None = None
 
     @property

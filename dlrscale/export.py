@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -208,21 +209,65 @@ def save_folder(
         folder: Where to.
         files: Further text files by name.
     """
+
+    def write(temporary: Path) -> None:
+        model.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
+        tokenizer.save_pretrained(temporary)
+        _drop_absolute_paths(temporary / "config.json")
+        for name, text in files.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+
+    write_folder(folder, write)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder so that it appears whole or not at all, in the place of an older one of ours.
+
+    Args:
+        folder: The folder.
+        write: Writes its content into the folder that it is given.
+    """
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():  # a save was killed between its two renames
         old.rename(folder)
     for left in (temporary, old):
         shutil.rmtree(left, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(temporary, max_shard_size=SHARD_SIZE)
-    tokenizer.save_pretrained(temporary)
-    _drop_absolute_paths(temporary / "config.json")
-    for name, text in files.items():
-        (temporary / name).write_text(text, encoding="utf-8")
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def save_attacked(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    source: Path,
+    run_id: str,
+    strategy: str,
+) -> None:
+    """Write an attacked model's folder; that of a locked one keeps its manifest, which then names the attack.
+
+    Args:
+        model: The attacked model.
+        tokenizer: Its tokenizer.
+        folder: Where to.
+        source: The folder that it was loaded from.
+        run_id: The attack's id.
+        strategy: The attack's strategy.
+    """
+    manifest = read_manifest(source)
+    files = {}
+    if manifest is not None:
+        manifest |= {"attacked": {"id": run_id, "strategy": strategy}}
+        files = {MANIFEST: record.dumps(manifest, indent=2) + "\n"}
+    save_folder(model, tokenizer, folder, files)
 
 
 def _drop_absolute_paths(config_file: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dlrscale import export
 from dlrscale.shapes import ModelShape
 
 
@@ -46,3 +50,28 @@ def adapt(model: PreTrainedModel, names: list[str], knobs: dict[str, float]) -> 
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], folder: Path, base_name: str) -> None:
+    """Write adapters in peft's format, so that the folder appears whole or not at all.
+
+    Args:
+        model: peft's model, whose own parameters may be empty shards.
+        state: Whole adapter weights by parameter name.
+        folder: Where to.
+        base_name: The name of the model that they belong to, for the adapter's config.
+    """
+
+    def write(temporary: Path) -> None:
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = base_name  # no path of this machine
+        model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
+
+    export.write_folder(folder, write)
+
+
+def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model with the adapters of a folder merged into its weights."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()

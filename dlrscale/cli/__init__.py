@@ -153,6 +153,7 @@ def _levers(options: dict[str, Any]) -> catalogue.Levers:
 )
 @TRAIN_OPTIONS
 @click.option("--activation-checkpointing", type=click.Choice(["none", "layer"]), help="[default: the strategy's]")
+@click.option("--save-model", is_flag=True, help="Write the attacked model to <out>/model, beside the adapters.")
 @RUN_OPTIONS
 @ENGINE_OPTIONS
 def attack(

@@ -6,10 +6,22 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from dlrscale import attacks, catalogue, models, shapes
+from dlrscale import attacks, catalogue, export, models, shapes
+from dlrscale.attacks import lora
 from dlrscale.config import AttackConfig
-from dlrscale.jobs.common import Run, evaluator, load_corpora, make_batches, parameter_counts
+from dlrscale.engine import Engine
+from dlrscale.jobs.common import (
+    ADAPTER_FOLDER,
+    MODEL_FOLDER,
+    Run,
+    evaluator,
+    load_corpora,
+    make_batches,
+    parameter_counts,
+    whole_state,
+)
 from dlrscale.measure import SavedBytes
 from dlrscale.train import LanguageModelling, Loop, Stage
 
@@ -73,6 +85,38 @@ def attack(run_: Run) -> None:
     finally:
         run_.metrics |= loop.summary("train") | loop.state["start"] | objective.counted
         run_.metrics |= saved_formula(config, shape, entry)
+    with run_.phases.phase("save"):
+        save(run_, ds, model, folder, tokenizer)
+
+
+def save(run_: Run, ds: Engine, model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write what the attack has made: adapters always, the whole model where it was asked for.
+
+    Args:
+        run_: The run.
+        ds: Its engine.
+        model: The trained model, or peft's model around it.
+        folder: The folder that the model was loaded from, after the transform.
+        tokenizer: Its tokenizer.
+    """
+    config: AttackConfig = run_.config
+    adapted = catalogue.strategy(config.strategy).trainable.startswith("lora")
+    if not adapted and not config.save_model:
+        return
+    state = whole_state(ds, model, trained_only=True)
+    if ds.rank == 0:
+        name = Path(config.model).name
+        if adapted:
+            lora.save_adapter(model, state, run_.out / ADAPTER_FOLDER, name)
+        if config.save_model:
+            whole = models.load_model(folder, models.stored_dtype(folder))
+            if adapted:
+                whole = lora.merged(whole, run_.out / ADAPTER_FOLDER)
+            else:
+                whole.load_state_dict(state, strict=False)
+                whole.tie_weights()
+            export.save_attacked(whole, tokenizer, run_.out / MODEL_FOLDER, folder, run_.id, config.strategy)
+    ds.barrier()
 
 
 def transform(run_: Run, name: str, folder: Path) -> Path:

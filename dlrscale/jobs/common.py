@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from dlrscale.evaluate import heldout_loss
 from dlrscale.measure import Phases
 from dlrscale.train import CHECKPOINT_FOLDER
 
-MODEL_FOLDER = "model"
+MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
 
 
 @dataclass
@@ -143,3 +144,15 @@ def parameter_counts(model: nn.Module) -> dict[str, float]:
     """Trainable and total parameters, whole ones also where ZeRO-3 has partitioned them."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return {"params/total": sum(n for n, _ in sizes), "params/trainable": sum(n for n, grad in sizes if grad)}
+
+
+def whole_state(ds: Engine, model: nn.Module, trained_only: bool = False) -> dict[str, torch.Tensor]:
+    """Whole parameters by name on the CPU of rank 0, gathered one by one; all ranks call it."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        if trained_only and not parameter.requires_grad:
+            continue
+        with ds.gathered([parameter]):
+            if ds.rank == 0:
+                state[name] = parameter.detach().cpu().clone()
+    return state

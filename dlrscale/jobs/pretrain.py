@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dlrscale import data, export, models
 from dlrscale.config import PretrainConfig
-from dlrscale.engine import Engine
-from dlrscale.jobs.common import MODEL_FOLDER, Run, evaluator, load_corpora, make_batches, parameter_counts
+from dlrscale.jobs.common import MODEL_FOLDER, Run, evaluator, load_corpora, make_batches, parameter_counts, whole_state
 from dlrscale.train import LanguageModelling, Loop, Stage
 
 
@@ -67,13 +66,3 @@ def shared_tokenizer(config: PretrainConfig, folder: Path) -> PreTrainedTokenize
         temporary.rename(folder)
     dist.barrier()
     return models.load_tokenizer(folder)
-
-
-def whole_state(ds: Engine, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Whole parameters by name on the CPU of rank 0, gathered one by one; all ranks call it."""
-    state = {}
-    for name, parameter in model.named_parameters():
-        with ds.gathered([parameter]):
-            if ds.rank == 0:
-                state[name] = parameter.detach().cpu().clone()
-    return state

@@ -130,7 +130,7 @@ def lock(case: dict) -> dict:
 
 def attack(case: dict) -> dict:
     """Three steps of next-token training on all parameters; losses, rates and final weights."""
-    from dlrscale.jobs.pretrain import whole_state
+    from dlrscale.jobs.common import whole_state
 
     config = settings(AttackConfig, case)
     model = tiny_llama().train()
@@ -151,7 +151,10 @@ def attack(case: dict) -> dict:
 
 
 def checkpoint(case: dict) -> dict:
-    """Train 2 steps, save, train 2 more; then a fresh engine goes on from the checkpoint for the same 2."""
+    """Train 2 steps, save, train 2 more; then a fresh engine goes on from the checkpoint for the same 2.
+
+    With `only_resume` the checkpoint is there already, of another layout.
+    """
     config = replace(settings(AttackConfig, case), keep_checkpoints=1)
     folder = Path(case["folder"])
 
@@ -168,13 +171,19 @@ def checkpoint(case: dict) -> dict:
             found.append(objective(ds, plan.step(step % 3), phases)["loss/train"])
         return found
 
-    ds = fresh()
-    steps(ds, 0)
-    ds.save(folder, 2, {"note": "kept"}, keep=1)
-    whole = steps(ds, 2)
+    whole = None
+    if not case.get("only_resume"):
+        ds = fresh()
+        steps(ds, 0)
+        ds.save(folder, 2, {"note": "kept"}, keep=1)
+        whole = steps(ds, 2)
     again = fresh()
     state = again.load()
-    return {"whole": whole, "resumed": steps(again, 2), "state": state, "found": engine.checkpoints(folder)}
+    resumed = steps(again, 2)
+    if whole is None:  # and what it writes then is of its own layout
+        again.save(folder, 4, state, keep=1)
+        assert fresh().load() == state
+    return {"whole": whole, "resumed": resumed, "state": state, "found": engine.checkpoints(folder)}
 
 
 def job(case: dict) -> dict:

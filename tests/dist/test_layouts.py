@@ -34,6 +34,11 @@ LOCKS = [{"run": "lock", **layout} for layout in LAYOUTS + OFFLOADS]
 BF16_LOCKS = [{"run": "lock", "dtype": "bf16", **layout} for layout in LAYOUTS[2::4] + OFFLOADS]
 ATTACKS = [{"run": "attack", **layout} for layout in LAYOUTS[2:] + OFFLOADS]
 CHECKPOINTS = [{"run": "checkpoint", "zero": zero, "ranks": 2} for zero in (0, 1, 2, 3)]
+WRITTEN_BY_ONE = [{"run": "checkpoint", "zero": zero, "ranks": 1} for zero in (0, 1, 3)]
+READ_BY_TWO = [
+    {"run": "checkpoint", "zero": zero, "ranks": 2, "only_resume": written["zero"]}
+    for zero, written in zip((0, 2, 3), WRITTEN_BY_ONE, strict=True)
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +46,25 @@ def results(tmp_path_factory, start_ranks) -> dict[str, dict]:
     """Results of all cases by the case's JSON."""
     folder = tmp_path_factory.mktemp("ranks")
     found = {}
-    everything = LOCKS + BF16_LOCKS + ATTACKS + CHECKPOINTS
+    everything = LOCKS + BF16_LOCKS + ATTACKS + CHECKPOINTS + WRITTEN_BY_ONE + READ_BY_TWO
     for num_ranks in (1, 2):
         chosen = [case for case in everything if case["ranks"] == num_ranks]
         sent = [
-            case | {"folder": str(folder / f"checkpoint{i}")} if case["run"] == "checkpoint" else case
-            for i, case in enumerate(chosen)
+            case | {"folder": str(folder / place(case)), "only_resume": "only_resume" in case}
+            if case["run"] == "checkpoint"
+            else case
+            for case in chosen
         ]
         for case, result in zip(chosen, start_ranks(num_ranks, sent), strict=True):
             found[name(case)] = result
     return found
+
+
+def place(case: dict) -> str:
+    """The folder of a case's checkpoints; one that only reads has that of the case that wrote."""
+    if "only_resume" in case:
+        return f"written-by-1-at-{case['only_resume']}"
+    return f"written-by-{case['ranks']}-at-{case['zero']}"
 
 
 def name(case: dict) -> str:
@@ -218,6 +232,16 @@ def test_attack_equals_plain_pytorch(case: dict, results: dict, attack_reference
     assert result["norms"] == pytest.approx(attack_reference["norms"], rel=1e-4)
     wanted = {k: v.detach() for k, v in attack_reference["weights"].items()}
     assert_weights(result, wanted, 2e-4)
+
+
+@pytest.mark.parametrize(("written", "read"), zip(WRITTEN_BY_ONE, READ_BY_TWO, strict=True), ids=name)
+def test_checkpoint_goes_on_in_another_layout(written: dict, read: dict, results: dict) -> None:
+    """Two ranks, and another of the stages 1 and 2, go on from one rank's checkpoint with its losses."""
+    whole, result = get(results, written), get(results, read)
+    assert whole["resumed"] == whole["whole"]
+    assert result["resumed"] == pytest.approx(whole["whole"], rel=1e-5)
+    assert result["state"] == {"note": "kept"}
+    assert result["found"] == [4]
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS, ids=name)

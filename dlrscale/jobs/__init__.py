@@ -283,6 +283,10 @@ def summary_lines(entry: dict[str, Any], out: Path) -> list[str]:
     """The last lines of a job for people, from its record."""
     metrics = entry["metrics"]
     lines = [f"{entry['kind']} {entry['name']}: {entry['outcome']}, record in {out / record.RECORDS_FILE}"]
+    resumed = entry["config"].get("resumed")
+    if resumed:
+        skipped = "".join(f"; skipped {name}: {why}" for name, why in resumed["skipped"].items())
+        lines.append(f"went on from step {resumed['step']}, written by {resumed['written_by']}{skipped}")
     if entry["error"]:
         lines.append(entry["error"])
     if entry["outcome"] != Outcome.OK.value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from commands import LOCK, dlrscale, write_texts
 from dlrscale import launcher
 
 
@@ -20,6 +22,27 @@ def tiny_folder(tmp_path_factory, make_llama, tokenizer) -> Path:
     make_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory, tiny_folder) -> Path:
+    """A folder with a tiny base model, text and prompt/completion records."""
+    folder = tmp_path_factory.mktemp("commands")
+    shutil.copytree(tiny_folder, folder / "base")
+    write_texts(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def locked(place: Path) -> Path:
+    """A lock that ran without interruption, with MLflow on."""
+    done = dlrscale(place, "lock", "--model", "base", "--data", "text.txt", *LOCK, "--out", "whole")
+    assert done.returncode == 0, done.stderr
+    tail = done.stdout.strip().splitlines()
+    assert str(place / "whole" / "model") in tail[1]
+    assert all(word in tail[2] for word in ("base", "locked", "flattened"))
+    assert tail[3].startswith("error by layer: 0: ")
+    return place / "whole"
 
 
 @pytest.fixture(scope="session")

@@ -297,8 +297,10 @@ def end_of_ranks(code: int, ranks: Ranks, out: Path) -> tuple[Outcome, str]:
     """
     doing = ", ".join(f"rank {rank} in {phase}" for rank, (_, phase) in sorted(ranks.notes().items())) or "at the start"
     name = launcher.signal_of(code)
-    if code == launcher.EXIT_OOM or (name == "SIGKILL" and ranks.out_of_memory()):
+    if name == "SIGKILL" and ranks.killed_for_memory():
         return Outcome.OOM, f"the host ran out of memory and the kernel killed a rank ({doing})"
+    if code == launcher.EXIT_OOM or (name == "SIGABRT" and ranks.aborted_for_memory()):
+        return Outcome.OOM, f"a rank got no more memory and aborted ({doing})"
     if name is not None:
         return Outcome.FAILED, f"a rank was ended from outside by {name} ({doing})"
     return Outcome.FAILED, f"the ranks ended (launcher exit code {code}) and left no record; see {out}/ranks.log"

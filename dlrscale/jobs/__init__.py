@@ -24,7 +24,7 @@ from dlrscale.jobs.common import MODEL_FOLDER, Run, load_corpora
 from dlrscale.jobs.lock import lock
 from dlrscale.jobs.pretrain import pretrain
 from dlrscale.launcher.guard import Guard
-from dlrscale.launcher.ranks import RankNote
+from dlrscale.launcher.ranks import OUT_OF_MEMORY, RankNote
 from dlrscale.measure import Phases
 from dlrscale.record import Outcome
 from dlrscale.train import Diverged
@@ -222,13 +222,8 @@ def claim_outcome(file: Path) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory, of the device or of the host, ran out."""
-    text = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, (RuntimeError, OSError))
-        and any(
-            words in text
-            for words in ("not enough memory", "can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
-        )
+        isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in OUT_OF_MEMORY)
     )
 
 

@@ -10,7 +10,12 @@ import re
 import shutil
 from pathlib import Path
 
-FOLDER = ".ranks"
+FOLDER, LOG = ".ranks", "ranks.log"
+# What libraries say when they get no memory; native ones abort after it.
+OUT_OF_MEMORY = (
+    "not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory", "std::bad_alloc",
+    "memory allocation of",
+)  # fmt: skip
 _WIDTH = 64
 
 
@@ -46,6 +51,8 @@ class Ranks:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.peak_rss_bytes = 0
         self._oom_kills = oom_kills()
+        self._log = out / LOG
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
 
     def notes(self) -> dict[int, tuple[int, str]]:
         """The pid and the phase of each rank."""
@@ -61,9 +68,17 @@ class Ranks:
         for pid, _ in self.notes().values():
             self.peak_rss_bytes = max(self.peak_rss_bytes, status_bytes("VmHWM", pid) or 0)
 
-    def out_of_memory(self) -> bool:
+    def killed_for_memory(self) -> bool:
         """Whether the kernel killed a process of this host for want of memory since this object was made."""
         return oom_kills() > self._oom_kills
+
+    def aborted_for_memory(self) -> bool:
+        """Whether the ranks' last words in their log, since this object was made, say that memory ran out."""
+        try:
+            said = self._log.read_bytes()[self._log_start :][-10_000:].decode(errors="replace")
+        except OSError:
+            return False
+        return any(words in said for words in OUT_OF_MEMORY)
 
 
 def status_bytes(field: str, pid: int | str = "self") -> int | None:

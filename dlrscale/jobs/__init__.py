@@ -165,8 +165,9 @@ class Ending:
                 # A finished run is not gone on with, and its optimizer states are large.
                 shutil.rmtree(job.out / "checkpoints", ignore_errors=True)
         if job.sink is not None:
-            files = (job.out / record.RECORDS_FILE, job.out / record.STEPS_FILE)
-            job.sink.finish(self.entry, [file for file in files if file.exists()])
+            records, steps = job.out / record.RECORDS_FILE, job.out / record.STEPS_FILE
+            stands = list(record.read_lines(records))[-1]  # another rank may have written it
+            job.sink.finish(stands, [file for file in (records, steps) if file.exists()])
 
 
 def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_id: str) -> dict[str, Any]:

@@ -2,14 +2,16 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from dlrscale import launcher
+from dlrscale import launcher, record
 from dlrscale.config import LockConfig
-from dlrscale.config import AttackConfig
 from dlrscale.errors import JobError
 
 pytestmark = pytest.mark.dist
@@ -142,3 +144,105 @@ def test_a_launcher_that_is_not_there(job, monkeypatch):
     monkeypatch.setattr(launcher, "command", lambda config: ["/nowhere/deepspeed"])
     with pytest.raises(JobError, match="The launcher did not start"):
         launcher.run(config)
+
+
+GUARDED = """
+import os, sys, time
+from pathlib import Path
+from dlrscale.launcher.guard import Guard
+guard = Guard().start()
+guard.last_words = lambda reason: Path(sys.argv[1]).write_text(reason)
+Path(sys.argv[1] + ".pid").write_text(str(os.getpid()))
+end = time.monotonic() + 30
+while time.monotonic() < end:
+    pass  # a main thread that is busy
+"""
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """Start a guarded process below a shell, its launcher; returns the launcher, the process and the last words."""
+    script, words = tmp_path / "rank.py", tmp_path / "words"
+    script.write_text(GUARDED)
+
+    def start(**environment):
+        line = f"{sys.executable} {script} {words}; true"  # `true`: the shell must stay
+        root = str(Path(launcher.__file__).parents[2])
+        pid_file = tmp_path / "words.pid"
+        pid_file.unlink(missing_ok=True)
+        launched = subprocess.Popen(["sh", "-c", line], env=os.environ | {"PYTHONPATH": root} | environment)
+        end = time.monotonic() + 20
+        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < end:
+            time.sleep(0.02)
+        return launched, int(pid_file.read_text()), words
+
+    return start
+
+
+def test_a_rank_ends_with_its_launcher(guarded):
+    launched, pid, words = guarded()
+    launched.kill()
+    launched.wait()
+    assert gone([pid])
+    assert words.read_text() == "the launcher that started this rank has gone"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_a_rank_whatever_it_does(number, guarded):
+    launched, pid, words = guarded()
+    os.kill(pid, number)
+    assert gone([pid], 3.0)
+    assert words.read_text() == f"ended by {number.name}"
+    launched.wait()
+
+
+def test_a_rank_leaves_the_record_to_a_command_that_lives(guarded):
+    command = subprocess.Popen(["sleep", "60"])
+    launched, pid, words = guarded(DLRSCALE_COMMAND=f"{command.pid} {record.process_started(command.pid)}")
+    os.kill(pid, signal.SIGTERM)
+    assert gone([pid], 3.0)
+    assert not words.exists()
+    launched.wait()
+    launched, pid, words = guarded(DLRSCALE_COMMAND=f"{command.pid} {record.process_started(command.pid)}")
+    command.kill()  # and it is not waited for: a zombie has gone
+    assert gone([pid], 5.0)
+    assert words.read_text() == "the dlrscale command that started this rank has gone"
+    command.wait()
+    launched.wait()
+
+
+def test_an_ignored_hangup_stays_ignored(guarded):
+    """`nohup` lets a job live on when its terminal goes."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        launched, pid, words = guarded()
+        os.kill(pid, signal.SIGHUP)
+        time.sleep(0.5)
+        assert not words.exists()
+        os.kill(pid, signal.SIGTERM)
+        assert gone([pid], 3.0)
+        launched.wait()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("code", "name"), [(247, "SIGKILL"), (241, "SIGTERM"), (143, "SIGTERM"), (-9, "SIGKILL"),
+                                            (250, "SIGABRT"), (0, None), (1, None), (2, None), (11, None), (12, None)])  # fmt: skip
+def test_the_signal_in_an_exit_code(code, name):
+    assert launcher.signal_of(code) == name
+
+
+def test_the_leader_alone_is_killed(job):
+    """DeepSpeed's runner may be killed: what it has started stays in its group and is ended."""
+    config, found = job(CHILDREN)
+
+    def kill_leader():
+        while len(found()) < 3:
+            time.sleep(0.02)
+        os.kill(found()[-1], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_leader)
+    thread.start()
+    assert launcher.run(config) == -9
+    thread.join()
+    assert gone(found())

@@ -78,8 +78,7 @@ def install(model: PreTrainedModel, shape: ModelShape, config: LockConfig) -> li
         else:
             cold_start(net, generator)
         switch = Switch(layer, mlp, net).eval()  # a DLR-Net has the MLP's dropout, which a teacher's student has not
-        parent, _, name = shape.family.mlp.format(layer).rpartition(".")
-        setattr(model.get_submodule(parent), name, switch)
+        models.place_mlp(model, shape.family, layer, switch)
         switches.append(switch)
     return switches
 

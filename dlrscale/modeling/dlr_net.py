@@ -92,3 +92,42 @@ class DLRNet(nn.Module):
         if self.bias is not None:
             d = d + self.bias
         return d if self.dropout is None else self.dropout(d)
+
+
+def replace_mlps(
+    layers: nn.ModuleList,
+    dlr: dict | None,
+    width: int,
+    bias: bool,
+    activation: str,
+    dropout: float = 0.0,
+    place: str = "mlp",
+    siblings: Sequence[str] = (),
+) -> None:
+    """Put a DLR-Net in the place of the MLP of every layer that a locked model's configuration names.
+
+    Args:
+        layers: The decoder layers.
+        dlr: {"form": name, "ranks": {layer index as text: [R_1, ..., R_K]}}, or None.
+        width: D.
+        bias: As for `DLRNet`.
+        activation: Name of the activation, in the MLP, or in the layer where the MLP is no module of its own.
+        dropout: As for `DLRNet`.
+        place: The MLP's name in the layer; of its first matrix where it is no module of its own.
+        siblings: The other parts of such an MLP; they become identities.
+    """
+    for index, ranks in (dlr or {"ranks": {}})["ranks"].items():
+        layer = layers[int(index)]
+        s = getattr(layer if siblings else getattr(layer, place), activation)
+        setattr(layer, place, DLRNet(width, ranks, dlr["form"], s, bias=bias, dropout=dropout))
+        for name in siblings:
+            setattr(layer, name, nn.Identity())
+
+
+@torch.no_grad()
+def init_net(module: nn.Module) -> None:
+    """Give values to what of a DLR-Net the base class's own initialisation does not know."""
+    if isinstance(module, DLRNet):
+        nn.init.zeros_(module.b)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,29 @@
+"""A Mistral whose MLPs are DLR-Nets. `config.dlr` holds the form and the ranks of each locked layer."""
+
+from torch import nn
+from transformers import MistralConfig, MistralForCausalLM
+
+from .dlr_net import init_net, replace_mlps
+
+
+class DLRMistralConfig(MistralConfig):
+    """MistralConfig with `dlr`: {"form": name, "ranks": {layer index as text: [R_1, ..., R_K]}}."""
+
+    model_type = "dlr_mistral"
+    dlr: dict | None = None
+
+
+class DLRMistralForCausalLM(MistralForCausalLM):
+    """MistralForCausalLM with a DLR-Net as the MLP of every layer that `config.dlr` names."""
+
+    config_class = DLRMistralConfig
+    config: DLRMistralConfig
+
+    def __init__(self, config: DLRMistralConfig):
+        super().__init__(config)
+        replace_mlps(self.model.layers, config.dlr, config.hidden_size, False, "act_fn")
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_net(module)

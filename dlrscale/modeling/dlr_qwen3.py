@@ -1,0 +1,29 @@
+"""A Qwen3 whose MLPs are DLR-Nets. `config.dlr` holds the form and the ranks of each locked layer."""
+
+from torch import nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from .dlr_net import init_net, replace_mlps
+
+
+class DLRQwen3Config(Qwen3Config):
+    """Qwen3Config with `dlr`: {"form": name, "ranks": {layer index as text: [R_1, ..., R_K]}}."""
+
+    model_type = "dlr_qwen3"
+    dlr: dict | None = None
+
+
+class DLRQwen3ForCausalLM(Qwen3ForCausalLM):
+    """Qwen3ForCausalLM with a DLR-Net as the MLP of every layer that `config.dlr` names."""
+
+    config_class = DLRQwen3Config
+    config: DLRQwen3Config
+
+    def __init__(self, config: DLRQwen3Config):
+        super().__init__(config)
+        replace_mlps(self.model.layers, config.dlr, config.hidden_size, False, "act_fn")
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_net(module)

@@ -58,7 +58,7 @@ def main() -> None:
     dice = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         place = make_place(Path(name))
-        line = ("lock", "--model", "base", "--data", "text.txt", *LOCK)
+        line = ("lock", "--model", "base", "--data", "text.txt", *LOCK, "--steps", "150", "--heal-steps", "50")
         begun = time.monotonic()
         assert start(place, *line, "--out", "peace").wait(600) == 0, (place / "said.log").read_text()
         span = time.monotonic() - begun

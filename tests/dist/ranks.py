@@ -193,6 +193,23 @@ def job(case: dict) -> dict:
     return {"code": jobs.run(config.from_json(json.dumps(case["config"])))}
 
 
+def cut_job(case: dict) -> dict:
+    """A job that breaks right after its first checkpoint; the same job run again goes on from there."""
+    from dlrscale.train import Loop
+
+    save = Loop.save
+
+    def save_and_break(self, done: int) -> None:
+        save(self, done)
+        raise RuntimeError("cut")
+
+    Loop.save = save_and_break
+    try:
+        return job(case)
+    finally:
+        Loop.save = save
+
+
 def main() -> None:
     """Run all cases and write their results."""
     rank, _ = engine.start_distributed()

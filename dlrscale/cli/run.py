@@ -235,6 +235,8 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
         before = count_records(config)
         with Progress(config) as progress:
             code = launcher.run(config, progress.update)
+        if config.tracking_uri != "none":
+            tracking.tell_if_behind(out, config.tracking_uri)
         if count_records(config) == before:
             entry = jobs.describe(config, merged, run_id, resume_id)
             entry |= {

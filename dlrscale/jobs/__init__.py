@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dlrscale import catalogue, engine, export, launcher, models, record, shapes
+from dlrscale import catalogue, engine, export, launcher, models, record, shapes, tracking
 from dlrscale import config as configuration
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
@@ -92,9 +92,10 @@ def run(config: RunConfig, make_sink: Callable[[RunConfig, dict[str, Any]], Any]
     )
     job = Run(config, ds_config, Phases(device), Path(config.out), run_id)
     outcome_file = job.out / ".outcome"
-    entry = describe(config, ds_config, run_id, resume_id)
+    entry = describe(config, ds_config, run_id, resume_id) | {"started": started}
     if rank == 0:
         configuration.claim_folder(job.out, run_id, resume_id)
+        tracking.write_description(job.out, entry)
         outcome_file.unlink(missing_ok=True)
         if make_sink is not None:
             job.sink = make_sink(config, entry)
@@ -116,7 +117,6 @@ def run(config: RunConfig, make_sink: Callable[[RunConfig, dict[str, Any]], Any]
     entry |= {
         "outcome": outcome.value,
         "device": device_name(device),
-        "started": started,
         "metrics": {k: v for k, v in job.metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)},
         "phases": job.phases.phases,
         "error": error,
@@ -213,21 +213,9 @@ def make_tracker(config: RunConfig, entry: dict[str, Any]) -> Any:
     Returns:
         A `tracking.Tracker`, or None.
     """
-    from dlrscale import tracking
-
     if config.tracking_uri == "none":
         return None
-    settings = entry["config"]
-    lock_id = entry["id"] if entry["kind"] == "lock" else settings.get("lock_id")
-    tags = {f"dlrscale.{key}": entry[key] for key in ("id", "resume_id", "kind", "strategy", "side")}
-    return tracking.Tracker(
-        config.tracking_uri,
-        "dlrscale",
-        config.name,
-        config=settings | {"out": config.out},
-        tags={k: v for k, v in (tags | {"dlrscale.lock_id": lock_id}).items() if v},
-        parent_lock_id=None if entry["kind"] == "lock" else lock_id,
-    )
+    return tracking.Tracker(config.tracking_uri, **tracking.naming(entry, config.out))
 
 
 def summary_lines(entry: dict[str, Any], out: Path) -> list[str]:

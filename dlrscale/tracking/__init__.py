@@ -5,12 +5,11 @@ while the run goes on, or afterwards from its folder. A store that is away, slow
 nothing else.
 """
 
+from dlrscale.tracking.ended import STATES, Replayed, replay, replay_quietly, sweep
 from dlrscale.tracking.folder import find, naming, tell_if_behind, write_description
 from dlrscale.tracking.pages import serve
-from dlrscale.tracking.replay import STATES, Replayed, replay, replay_quietly
-from dlrscale.tracking.store import default_uri, make_ready, resolve, shown, sqlite_path
+from dlrscale.tracking.store import default_uri, make_ready, prepare, resolve, shown, sqlite_path
 from dlrscale.tracking.tracker import Tracker
-from dlrscale.tracking.upkeep import prepare, sweep
 
 __all__ = [
     "STATES",

@@ -14,8 +14,8 @@ from urllib import request as urllib_request
 from urllib.parse import urlsplit
 
 from dlrscale.errors import ConfigError, JobError
+from dlrscale.tracking.ended import sweep_soon
 from dlrscale.tracking.store import resolve, shown, sqlite_path
-from dlrscale.tracking.upkeep import sweep_soon
 
 START_S = 90.0
 

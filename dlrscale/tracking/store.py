@@ -77,6 +77,22 @@ def shown(uri: str) -> str:
     return re.sub(r"(//[^/@:]*):[^/@]*@", r"\1:***@", uri)
 
 
+def prepare(uri: str | None) -> None:
+    """Make a store ready, once, by the process that starts the ranks; one that is away costs one warning.
+
+    Args:
+        uri: URI of the store; null for the default one.
+
+    Raises:
+        ConfigError: If MLflow has no such store.
+    """
+    uri = resolve(uri)
+    try:
+        make_ready(uri)
+    except JobError as error:
+        warn_once(uri, error)
+
+
 def make_ready(uri: str) -> None:
     """See that a store answers, and make an SQLite one that is not there yet.
 

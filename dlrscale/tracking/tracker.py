@@ -14,6 +14,7 @@ from typing import Any
 
 from dlrscale import record as records
 from dlrscale.tracking import folder
+from dlrscale.tracking.ended import sweep_soon
 from dlrscale.tracking.mirror import Mirror
 from dlrscale.tracking.store import first_line, quiet, resolve, warn_once
 
@@ -133,6 +134,7 @@ class Tracker:
             try:
                 if not self._mirror.is_started:
                     self._mirror.start()
+                    sweep_soon(self._uri)
                 self._mirror.send(rows)
                 if last is not None:
                     self._mirror.end(*last, warn=self._warn)

@@ -1,16 +1,21 @@
-"""MLflow's run of one run folder, made or completed from what the folder holds."""
+"""Runs that have ended, or whose process has: their MLflow run is made, completed or ended from their folder."""
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dlrscale.errors import JobError
 from dlrscale.tracking import folder as folders
-from dlrscale.tracking.mirror import Deleted, Mirror, status_of
-from dlrscale.tracking.store import bounded, first_line, quiet, resolve, warn_once
+from dlrscale.tracking.mirror import TAG, Deleted, Mirror, place_tag, status_of
+from dlrscale.tracking.store import bounded, first_line, is_made, make_ready, quiet, resolve, sqlite_path, warn_once
 
+SWEEP_S = 10.0
 STATES = ("added to", "up to date", "running", "deleted")
 
 
@@ -105,3 +110,59 @@ def replay_quietly(folder: Path, uri: str | None = None, patience_s: float = 15.
         warn_once(uri or "(default)", reason, folder)
         folders.set_behind(Path(folder), uri or "(default)", reason)
         return None
+
+
+def sweep_soon(uri: str) -> None:
+    """Sweep in the background, in a process that imports nothing large meanwhile: imports in two threads can clash."""
+    threading.Thread(target=sweep, args=(uri,), name="dlrscale-sweep", daemon=True).start()
+
+
+def sweep(uri: str | None, patience_s: float = SWEEP_S) -> list[str]:
+    """End the runs that MLflow shows as RUNNING, though their process on this host has gone.
+
+    A run whose folder is there gets all that the folder holds; any other becomes KILLED. Runs of other hosts,
+    and runs that others made, are left alone. Never raises.
+
+    Args:
+        uri: URI of the store; null for the default one.
+        patience_s: The longest that it takes, in seconds.
+
+    Returns:
+        MLflow's ids of the runs that were ended.
+    """
+    ended: list[str] = []
+    with suppress(Exception):
+        bounded(lambda: _sweep(resolve(uri), ended), patience_s)
+    return list(ended)
+
+
+def _sweep(uri: str, ended: list[str]) -> None:
+    path = sqlite_path(uri)
+    if path is not None and not is_made(path):
+        return
+    make_ready(uri)
+    quiet()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    host = socket.gethostname().replace("'", "")
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    wanted = f"attributes.status = 'RUNNING' and tags.`{TAG}host` = '{host}'"
+    for run in client.search_runs(experiments, filter_string=wanted) if experiments else ():
+        known = {key: run.data.tags.get(TAG + key) for key in folders.PROCESS_KEYS}
+        if folders.is_alive(known) is False and _end(client, uri, run):
+            ended.append(run.info.run_id)
+
+
+def _end(client: Any, uri: str, run: Any) -> bool:
+    """End one run, from its folder if that can be found; false where a process goes on with it."""
+    place = run.data.params.get("out")
+    if place and place_tag(place) == run.data.tags.get(TAG + "out"):
+        with suppress(Exception):
+            if replay(Path(place), uri).state == "running":
+                return False
+            if client.get_run(run.info.run_id).info.status != "RUNNING":
+                return True
+    client.set_tag(run.info.run_id, TAG + "outcome", "failed")
+    client.set_terminated(run.info.run_id, "KILLED")
+    return True

@@ -27,7 +27,7 @@ from dlrscale.tracking import store as stores
 pytestmark = pytest.mark.dist
 STEPS = 20
 ODD = ("odd/a@b", "odd/a:b", "odd/a=b", "odd/a%b")
-MODES = ("open", "away from the start", "dies at 5", "silent", "back at 15")
+MODES = ("open", "away from the start", "dies at 5", "silent", "hangs at 5", "back at 15")
 
 
 class Proxy:
@@ -227,9 +227,9 @@ def test_a_server_in_any_state_changes_nothing(mode, attack, untracked, proxy, c
     proxy.set({"away from the start": "closed", "silent": "silent"}.get(mode, "open"))
 
     def at(step):
-        if step == 5 and mode in ("dies at 5", "back at 15"):
+        if step == 5 and "at" in mode.split():
             time.sleep(2.5)  # the steps before have been sent
-            proxy.set("closed")
+            proxy.set("silent" if mode == "hangs at 5" else "closed")
         if step == 15 and mode == "back at 15":
             time.sleep(1.5)  # the silence has been noticed
             proxy.set("open")
@@ -303,6 +303,33 @@ def test_the_terminal_shows_one_warning(server, proxy, tiny_folder, task, tmp_pa
     proxy.set("open")
     assert "2 added to" in mirrored(capfd, tmp_path, "--tracking-uri", proxy.uri)
     assert "2 up to date" in mirrored(capfd, tmp_path, "--tracking-uri", proxy.uri)
+
+
+def test_a_killed_process_leaves_no_run_that_is_running(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking.prepare(uri)
+    code = (
+        "import sys, time; from dlrscale import tracking\n"
+        "t = tracking.Tracker(sys.argv[1], 'dlrscale', 'r', config={}, tags={'resume_id': 'x'})\n"
+        "t.log_step({'loss/train': 1.0}, 1); time.sleep(60)"
+    )
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri)
+    process = subprocess.Popen([sys.executable, "-c", code, uri])
+    try:
+        runs, until = [], time.monotonic() + 60
+        while not (runs and runs[0].data.metrics) and time.monotonic() < until:
+            experiment = client.get_experiment_by_name("dlrscale")
+            runs = client.search_runs([experiment.experiment_id]) if experiment else []
+            time.sleep(0.1)
+        assert runs[0].info.status == "RUNNING"
+        assert tracking.sweep(uri) == []
+    finally:
+        process.kill()
+        process.wait()
+    assert tracking.sweep(uri) == [runs[0].info.run_id]
+    assert client.get_run(runs[0].info.run_id).info.status == "KILLED"
 
 
 def test_two_jobs_may_make_a_store_at_once(tmp_path):

@@ -245,7 +245,9 @@ def test_attacks_find_their_lock_in_any_order(store, client, make_run):
     before = content(store)
     assert {tracking.replay(f, store).state for f in folders.find([lock, child])} == {"up to date"}
     assert content(store) == before
-    client.delete_run(stand_in)  # a new stand-in for a new child does not bring the deleted lock back
+    client.delete_run(stand_in)
+    assert tracking.replay(child, store).state == "up to date"
+    # A new stand-in for a new child does not bring the deleted lock back
     tracking.replay(make_run("late", rows=1, config={"lock_id": lock_id}), store)
     assert tracking.replay(lock, store).state == "deleted"
     assert folders.find([lock.parent])[0] == lock

@@ -25,7 +25,7 @@ CHECKPOINT_FOLDER = "checkpoints"
 
 
 class Diverged(Exception):
-    """The loss is not finite any more."""
+    """The loss or the gradient is not finite any more."""
 
 
 class Objective(Protocol):
@@ -47,6 +47,20 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     if step <= warmup:
         return peak * step / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def not_finite(row: dict[str, Any], dtype: str) -> str | None:
+    """What of a step says that the training has diverged, or None.
+
+    DeepSpeed leaves out a step whose gradients are not finite, silently. With fp16 that is how its loss scale is
+    found; otherwise such a run would go on and learn nothing.
+    """
+    if not math.isfinite(row["loss/train"]):
+        return f"the loss is {row['loss/train']}"
+    norm = row.get("optim/grad_norm", 0.0)
+    if dtype != "fp16" and not (math.isfinite(norm) and norm >= 0):
+        return f"the gradient norm is {norm}"
+    return None
 
 
 @dataclass(kw_only=True)
@@ -113,7 +127,7 @@ class Loop:
             The steps that are done now.
 
         Raises:
-            Diverged: If the loss is not finite.
+            Diverged: If the loss or the gradient is not finite.
         """
         last = stage.offset + stage.steps
         first = done
@@ -121,9 +135,10 @@ class Loop:
             step = done + 1
             with self.engine.every_gradient() if done == first else nullcontext():
                 row = self._step(stage, done)
-            if not math.isfinite(row["loss/train"]):
+            fault = not_finite(row, self.config.dtype)
+            if fault is not None:
                 self._write(row)
-                raise Diverged(f"{stage.name} step {step}: the loss is {row['loss/train']}")
+                raise Diverged(f"{stage.name} step {step}: {fault}")
             done = step
             if self.evaluate and self.config.eval_every and done % self.config.eval_every == 0:
                 with self.phases.phase("evaluate"):

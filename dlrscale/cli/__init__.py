@@ -340,6 +340,44 @@ def ui(tracking_uri: str | None, port: int) -> None:
 
 
 @dlrscale.command(context_settings=CONTEXT)
+@click.argument("places", nargs=-1, type=PATH)
+@click.option("--tracking-uri", help="MLflow store to bring up to date.  [default: sqlite in ./results]")
+def mirror(places: tuple[str, ...], tracking_uri: str | None) -> None:
+    """Bring MLflow up to date with the runs below some folders: all that it has not yet, and how they ended.
+
+    \b
+    dlrscale mirror
+    dlrscale mirror results/demo --tracking-uri http://127.0.0.1:5000
+    """
+    from dlrscale import tracking
+
+    uri = tracking.resolve(tracking_uri)
+    folders = tracking.find([Path(p) for p in places] or [Path("results")])
+    tracking.make_ready(uri)
+    faults, done = [], []
+    for folder in folders:
+        try:
+            found = tracking.replay(folder, uri)
+        except ConfigError as error:
+            faults += error.faults
+            continue
+        except JobError as error:
+            rest = len(folders) - len(done) - len(faults)
+            raise JobError(f"{error}\n{rest} of {len(folders)} runs are left; nothing of them is lost.") from None
+        done.append(found)
+        click.echo(f"{folder}: {found}")
+    ended = tracking.sweep(uri)
+    counts = {state: sum(found.state == state for found in done) for state in tracking.STATES}
+    click.echo(
+        f"{len(done)} runs: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}"
+        + (f"; {len(ended)} more without a process were ended" if ended else "")
+        + f"; MLflow at {tracking.shown(uri)}"
+    )
+    if faults:
+        raise ConfigError(faults)
+
+
+@dlrscale.command(context_settings=CONTEXT)
 @DATA_OPTIONS
 @TRAIN_OPTIONS
 @click.option("--width", type=int, default=160, show_default=True, help="Model width D.")

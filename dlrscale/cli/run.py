@@ -274,11 +274,17 @@ def _launch(config: RunConfig, description: dict[str, Any]) -> dict[str, Any]:
         except launcher.Interrupted as signal:
             if count_records(config) == before:
                 _leave_record(config, description, ranks, started, Outcome.FAILED, f"interrupted by {signal}")
+            if config.tracking_uri != "none":
+                tracking.replay_quietly(out, config.tracking_uri)
             raise
         if count_records(config) == before:
             outcome, error = end_of_ranks(code, ranks, out)
             _leave_record(config, description, ranks, started, outcome, error)
         entry = last_record(config)
+        if config.tracking_uri != "none":
+            if entry["outcome"] in (Outcome.FAILED.value, Outcome.OOM.value):
+                tracking.replay_quietly(out, config.tracking_uri)  # rank 0 may have had no time to end its MLflow run
+            tracking.tell_if_behind(out, config.tracking_uri)
         if entry["outcome"] == Outcome.FAILED.value and code == launcher.EXIT_CONFIG:
             raise ConfigError(entry["error"])
         return entry

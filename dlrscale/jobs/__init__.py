@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dlrscale import catalogue, engine, export, launcher, models, record, shapes
+from dlrscale import catalogue, engine, export, launcher, models, record, shapes, tracking
 from dlrscale import config as configuration
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
@@ -105,6 +105,7 @@ def run(
             return launcher.EXIT_CONFIG
         ending = Ending(job, entry, guard, rank)
         if rank == 0:
+            tracking.write_description(out, entry)
             ending.marker.unlink(missing_ok=True)
             if make_sink is not None:
                 job.sink = make_sink(config, entry)
@@ -258,21 +259,9 @@ def make_tracker(config: RunConfig, entry: dict[str, Any]) -> Any:
     Returns:
         A `tracking.Tracker`, or None.
     """
-    from dlrscale import tracking
-
     if config.tracking_uri == "none":
         return None
-    settings = entry["config"]
-    lock_id = entry["id"] if entry["kind"] == "lock" else settings.get("lock_id")
-    tags = {f"dlrscale.{key}": entry[key] for key in ("id", "resume_id", "kind", "strategy", "side")}
-    return tracking.Tracker(
-        config.tracking_uri,
-        "dlrscale",
-        config.name,
-        config=settings | {"out": config.out},
-        tags={k: v for k, v in (tags | {"dlrscale.lock_id": lock_id}).items() if v},
-        parent_lock_id=None if entry["kind"] == "lock" else lock_id,
-    )
+    return tracking.Tracker(config.tracking_uri, **tracking.naming(entry, config.out))
 
 
 def summary_lines(entry: dict[str, Any], out: Path) -> list[str]:

@@ -8,27 +8,35 @@ import os
 import posixpath
 import re
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dlrscale import record as records
-from dlrscale.tracking.store import sqlite_path
+from dlrscale.tracking.store import make_ready, sqlite_path
 
 TAG = "dlrscale."
-VALUE_LENGTH, KEY_LENGTH, PARAMS_PER_CALL, METRICS_PER_CALL = 6000, 250, 100, 1000
+PARENT = "mlflow.parentRunId"
+VALUE_LENGTH, TAG_LENGTH, KEY_LENGTH, PARAMS_PER_CALL, METRICS_PER_CALL = 6000, 5000, 250, 100, 1000
 CUT_MARK = " ...[cut; whole in config.json]"
 
 
 def legal(name: str) -> str:
-    """A metric or parameter name as MLflow takes it on every system: other characters become `_`."""
-    name = re.sub(r"[^0-9A-Za-z_\-. /]", "_", str(name))
-    name = posixpath.normpath(name).lstrip("/") if name else "_"
-    if name.startswith(".."):
-        name = "_" + name[2:]
-    return (name if name not in ("", ".") else "_")[:KEY_LENGTH]
+    """A metric or parameter name as MLflow takes it on every system; one that had to change gets a mark of its own.
+
+    Other characters become `_`, and six digits of the name's hash keep `a@b` and `a=b` apart.
+    """
+    name = str(name)
+    clean = re.sub(r"[^0-9A-Za-z_\-. /]", "_", name)
+    clean = posixpath.normpath(clean).lstrip("/") if clean else "_"
+    if clean.startswith(".."):
+        clean = "_" + clean[2:]
+    clean = clean if clean not in ("", ".") else "_"
+    if clean == name and len(name) <= KEY_LENGTH:
+        return name
+    return f"{clean[: KEY_LENGTH - 7]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -55,8 +63,37 @@ def numbers(row: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def place_tag(folder: Any) -> str:
+    """A run's folder as a short text that can be searched for."""
+    return hashlib.sha256(os.path.realpath(str(folder)).encode()).hexdigest()[:16]
+
+
+def status_of(record: Mapping[str, Any]) -> str:
+    """MLflow's status for a record: memory that ran out and divergence are results too."""
+    return "FAILED" if record.get("outcome") in (None, records.Outcome.FAILED.value) else "FINISHED"
+
+
+def seal(contents: Mapping[str, str], files: list[Path]) -> str:
+    """The digest of all that is attached to a run; set last of all, it says that MLflow has everything."""
+    digest = hashlib.sha256()
+    for name, text in sorted(contents.items()):
+        digest.update(f"{name}\n{text}\n".encode())
+    for path in sorted(files):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(f"{file.name}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Deleted(Exception):
+    """The run was deleted in MLflow by hand."""
+
+
 class Mirror:
-    """The calls to MLflow for one run; used by one thread. Every method may raise and may be called again."""
+    """The calls to MLflow for one run; used by one thread. Every method may raise and may be called again.
+
+    A call is made only for what MLflow has not yet; `added` counts what was written.
+    """
 
     def __init__(
         self,
@@ -64,75 +101,148 @@ class Mirror:
         experiment: str,
         run_name: str,
         config: dict[str, Any],
-        tags: dict[str, str],
-        parent_lock_id: str | None,
-        system_metrics: bool,
+        tags: Mapping[str, Any],
+        parent_lock_id: str | None = None,
+        *,
+        system_metrics: bool = False,
+        status: str | None = None,
+        span_ms: tuple[int, int] | None = None,
     ):
+        """Prepare to mirror a run; nothing is called yet.
+
+        Args:
+            uri: URI of the store.
+            experiment: Name of the MLflow experiment.
+            run_name: Name of the run in MLflow.
+            config: Settings of the run, nested or flat.
+            tags: Tags, with or without the `dlrscale.` before them; null values are left out.
+            parent_lock_id: `lock_id` of the lock that an attack belongs to.
+            system_metrics: Whether to log use of CPU, memory, network and GPU.
+            status: MLflow's status of a run that has ended and is mirrored from its folder: it gets this status at
+                once, and is left alone where it was deleted in MLflow. Null for the run of this process.
+            span_ms: Start and end of a run that has ended, in ms.
+        """
         self.uri, self.experiment, self.run_name, self.config = uri, experiment, run_name, config
-        self.parent_lock_id, self.system_metrics = parent_lock_id, system_metrics
-        self.tags = {key: value[:5000] for key, value in tags.items()}
+        self.parent_lock_id, self.system_metrics, self.status = parent_lock_id, system_metrics, status
+        self.started_ms, self.ended_ms = span_ms or (None, None)
+        self.tags = {k if "." in k else TAG + k: str(v)[:TAG_LENGTH] for k, v in tags.items() if v is not None}
         if config.get("out"):
-            folder = os.path.abspath(str(config["out"]))
-            self.tags[TAG + "out"] = hashlib.sha256(folder.encode()).hexdigest()[:16]
+            self.tags[TAG + "out"] = place_tag(config["out"])
         if self.tags.get(TAG + "kind") == "lock":
             self.tags.setdefault(TAG + "lock_id", self.tags.get(TAG + "id", ""))
         elif parent_lock_id:
             self.tags.setdefault(TAG + "lock_id", parent_lock_id)
         self.client: Any = None
-        self.run_id: str | None = None
+        self.run: Any = None
         self.monitor: Any = None
-        self.resumed = False
-        self.last: dict[str, tuple[int, float]] = {}  # metric -> step and value last sent
+        self.is_started = self.resumed = False
+        self.whole = True  # whether every row came by
+        self.last_step = 0
         self.known: dict[str, set[int]] = {}  # metric -> steps that a resumed run had before
+        self.added: Counter[str] = Counter()
+
+    def start(self) -> None:
+        """Find the run in MLflow or make it, and write what it is.
+
+        Raises:
+            Deleted: If the run has ended, and was deleted in MLflow.
+        """
+        from mlflow import MlflowClient
+
+        if self.client is None:
+            make_ready(self.uri)
+            self.client = MlflowClient(self.uri)
+        experiment_id = self._experiment_id()
+        run = self._find_own(experiment_id)
+        tags = dict(self.tags)
+        is_child = self.parent_lock_id and tags.get(TAG + "kind") != "lock"
+        if is_child and not (run and run.data.tags.get(PARENT)):
+            tags[PARENT] = self._parent(experiment_id)
+        if run is None:
+            with suppress(Exception):
+                import getpass
+
+                tags.setdefault("mlflow.user", getpass.getuser())
+            run = self.client.create_run(experiment_id, self.started_ms, tags=tags, run_name=self.run_name)
+            self.added["runs"] += 1
+            if self.status:  # nothing that has ended may look as if it went on, whatever happens next
+                self.client.set_terminated(run.info.run_id, self.status, end_time=self.ended_ms)
+                run = self.client.get_run(run.info.run_id)
+        else:
+            self.resumed = True
+            if not self.status:
+                self.client.update_run(run.info.run_id, status="RUNNING", name=self.run_name)
+        self.run = run
+        self._put_tags(tags)
+        self._put_params(self.config)
+        if not self.status:
+            self.client.log_text(self.run_id, records.dumps(self.config, indent=1), "config.json")
+            if self.system_metrics:
+                self._watch()
+        self.is_started = True
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run."""
+        return self.run.info.run_id
 
     def send(self, rows: deque) -> None:
-        """Start the run if need be and send all rows, taking those sent out of the deque."""
+        """Send all rows (values, step, time in ms), taking those sent out of the deque."""
         from mlflow.entities import Metric
 
-        if self.run_id is None:
-            self._start()
         while rows:
-            batch, points = [], []
+            batch, points = 0, []
             for values, step, stamp in list(rows):
                 found = numbers({k: v for k, v in values.items() if k != "step"})
                 if points and len(points) + len(found) > METRICS_PER_CALL:
                     break
-                batch.append(found)
+                batch += 1
                 points += [Metric(k, v, stamp, step) for k, v in found.items() if step not in self._known(k)]
-                for name, value in found.items():
-                    self.last[name] = (step, value)
-            for first in range(0, len(points), METRICS_PER_CALL):
-                self.client.log_batch(self.run_id, metrics=points[first : first + METRICS_PER_CALL])
-            for _ in batch:
+                self.last_step = max(self.last_step, step)
+            self._put_points(points)
+            for _ in range(batch):
                 rows.popleft()
 
-    def end(self, record: dict[str, Any], artifacts: list[Path], warn: Any) -> None:
-        """Send the record and the artifacts, and set the run's status from the outcome."""
-        from mlflow.entities import Metric, RunTag
+    def is_sealed(self, record: Mapping[str, Any], files: list[Path]) -> bool:
+        """Whether all of a run that has ended reached MLflow before."""
+        sealed = self.run.data.tags.get(TAG + "seal")
+        return self.run.info.status == self.status and sealed == seal(self._contents(record), files)
+
+    def end(self, record: Mapping[str, Any], files: list[Path], warn: Any) -> None:
+        """Send the record and the files, and set the run's status.
+
+        Args:
+            record: The record, or what is known of a run that left none.
+            files: Files and folders to attach.
+            warn: Called with the error when something could not be attached; the run ends all the same.
+        """
+        from mlflow.entities import Metric
 
         if self.monitor is not None:
             self.monitor.finish()
             self.monitor = None
+        self._put_params(dict(record.get("config") or {}) | self.config)
+        step = max([self.last_step, *(step for steps in self.known.values() for step in steps)])
+        self.run = self.client.get_run(self.run_id)
         stamp = time.time_ns() // 1_000_000
-        step = max((step for step, _ in self.last.values()), default=0)
-        points = [
-            Metric(key, value, stamp, step)
-            for key, value in numbers(record.get("metrics") or {}).items()
-            if self.last.get(key) != (step, value)
-        ]
-        for first in range(0, len(points), METRICS_PER_CALL):
-            self.client.log_batch(self.run_id, metrics=points[first : first + METRICS_PER_CALL])
-        outcome = str(record.get("outcome") or records.Outcome.FAILED.value)
-        tags = [RunTag(TAG + "outcome", outcome)]
-        if record.get("error"):
-            tags.append(RunTag(TAG + "error", str(record["error"])[:5000]))
-        self.client.log_batch(self.run_id, tags=tags)
+        found = numbers(record.get("metrics") or {})
+        latest = self.run.data.metrics
+        self._put_points([Metric(key, value, stamp, step) for key, value in found.items() if latest.get(key) != value])
+        self._put_tags(
+            {TAG + "outcome": record.get("outcome") or records.Outcome.FAILED.value, TAG + "error": record.get("error")}
+        )
+        contents = self._contents(record)
         try:
-            self._attach(record, artifacts)
+            self._attach(contents, files)
         except Exception as error:  # the numbers are there: the run still gets its status
+            self.whole = False
             warn(error)
-        failed = outcome == records.Outcome.FAILED.value
-        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+        status = self.status or status_of(record)
+        if self.run.info.status != status:
+            self.client.set_terminated(self.run_id, status, end_time=self.ended_ms)
+            self.added["status"] += 1
+        if self.whole:
+            self._put_tags({TAG + "seal": seal(contents, files)})
 
     def calm(self) -> None:
         """After a failure: let no other thread go on writing to a store that does not answer."""
@@ -140,16 +250,27 @@ class Mirror:
             self.monitor._shutdown_event.set()
             self.monitor = None
 
-    def _attach(self, record: dict[str, Any], artifacts: list[Path]) -> None:
-        self.client.log_text(self.run_id, records.dumps(record, indent=1), "record.json")
+    def _contents(self, record: Mapping[str, Any]) -> dict[str, str]:
+        """The texts to attach, by name; a run without a record has its settings alone."""
+        settings = dict(record.get("config") or {}) | self.config
+        found = {"config.json": records.dumps(settings, indent=1)}
         if record.get("deepspeed_config"):
-            text = records.dumps(record["deepspeed_config"], indent=1)
-            self.client.log_text(self.run_id, text, "deepspeed_config.json")
-        for path in artifacts:
+            found["deepspeed_config.json"] = records.dumps(record["deepspeed_config"], indent=1)
+        if record.get("outcome"):
+            found["record.json"] = records.dumps(record, indent=1)
+        return found
+
+    def _attach(self, contents: Mapping[str, str], files: list[Path]) -> None:
+        if self.run.data.tags.get(TAG + "seal") == seal(contents, files):
+            return
+        for name, text in contents.items():
+            self.client.log_text(self.run_id, text, name)
+        for path in files:
             if path.is_dir():
                 self.client.log_artifacts(self.run_id, str(path), path.name)
             elif path.is_file():
                 self.client.log_artifact(self.run_id, str(path))
+        self.added["files"] += len(contents) + len(files)
 
     def _known(self, name: str) -> set[int]:
         """Steps of a metric that a resumed run holds already: steps done twice are not drawn twice."""
@@ -160,44 +281,38 @@ class Mirror:
             self.known[name] = {point.step for point in history}
         return self.known[name]
 
-    def _start(self) -> None:
-        from mlflow import MlflowClient
+    def _put_points(self, points: list[Any]) -> None:
+        for first in range(0, len(points), METRICS_PER_CALL):
+            self.client.log_batch(self.run_id, metrics=points[first : first + METRICS_PER_CALL])
+        self.added["points"] += len(points)
 
-        self.client = self.client or MlflowClient(self.uri)
-        experiment_id = self._experiment_id()
-        run = self._find_own(experiment_id)
-        tags = dict(self.tags)
-        if self.parent_lock_id and tags.get(TAG + "kind") != "lock":
-            tags["mlflow.parentRunId"] = self._parent(experiment_id)
-        if run is None:
-            with suppress(Exception):
-                import getpass
+    def _put_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set the tags that are not so yet; null takes one away."""
+        from mlflow.entities import RunTag
 
-                tags.setdefault("mlflow.user", getpass.getuser())
-            run = self.client.create_run(experiment_id, tags=tags, run_name=self.run_name)
-        else:
-            self.resumed = True
-            self.client.update_run(run.info.run_id, status="RUNNING", name=self.run_name)
-            for key, value in tags.items():
-                self.client.set_tag(run.info.run_id, key, value)
-        self._describe(run)
-        self.run_id = run.info.run_id
-        if self.system_metrics:
-            self._watch()
+        there = self.run.data.tags
+        wanted = {key: str(value)[:TAG_LENGTH] for key, value in tags.items() if value is not None}
+        new = [RunTag(key, value) for key, value in wanted.items() if there.get(key) != value]
+        for first in range(0, len(new), PARAMS_PER_CALL):
+            self.client.log_batch(self.run_id, tags=new[first : first + PARAMS_PER_CALL])
+        for key in (tags.keys() - wanted.keys()) & there.keys():
+            self.client.delete_tag(self.run_id, key)
+            del there[key]
+        there.update({tag.key: tag.value for tag in new})
+        self.added["tags"] += len(new)
 
-    def _describe(self, run: Any) -> None:
+    def _put_params(self, config: Mapping[str, Any]) -> None:
         """Write the parameters; those of a resumed run stay, and what has changed is told by a tag."""
         from mlflow.entities import Param
 
-        run_id, before = run.info.run_id, dict(run.data.params)
-        flat = flatten(self.config)
+        before, flat = self.run.data.params, flatten(config)
         new = [Param(key, value) for key, value in flat.items() if key not in before]
         for first in range(0, len(new), PARAMS_PER_CALL):
-            self.client.log_batch(run_id, params=new[first : first + PARAMS_PER_CALL])
-        for key, value in flat.items():
-            if before.get(key, value) != value:
-                self.client.set_tag(run_id, legal(f"{TAG}resumed_with.{key}"), value[:5000])
-        self.client.log_text(run_id, records.dumps(self.config, indent=1), "config.json")
+            self.client.log_batch(self.run_id, params=new[first : first + PARAMS_PER_CALL])
+        self.added["parameters"] += len(new)
+        changed = {k: v for k, v in flat.items() if before.get(k, v) != v}
+        before.update({param.key: param.value for param in new})
+        self._put_tags({legal(f"{TAG}resumed_with.{key}"): value for key, value in changed.items()})
 
     def _watch(self) -> None:
         """Start MLflow's own monitor of the machine; without it the run is mirrored all the same."""
@@ -215,6 +330,8 @@ class Mirror:
         found = self.client.get_experiment_by_name(self.experiment)
         if found is not None:
             if found.lifecycle_stage == "deleted":
+                if self.status:
+                    raise Deleted
                 self.client.restore_experiment(found.experiment_id)
             return found.experiment_id
         path = sqlite_path(self.uri)
@@ -227,22 +344,36 @@ class Mirror:
                 raise
             return found.experiment_id
 
-    def _search(self, experiment_ids: list[str], order: str = "ASC", **tags: str) -> Any:
+    def _search(self, experiment_ids: list[str], order: str = "ASC", view: Any = None, **tags: str) -> Any:
         """The first run that carries all the tags, or null."""
+        from mlflow.entities import ViewType
+
         terms = " and ".join(f"tags.`{TAG}{key}` = '{value}'" for key, value in tags.items() if "'" not in value)
         found = self.client.search_runs(
-            experiment_ids, filter_string=terms, max_results=1, order_by=[f"attributes.start_time {order}"]
+            experiment_ids,
+            filter_string=terms,
+            run_view_type=view or ViewType.ACTIVE_ONLY,
+            max_results=1,
+            order_by=[f"attributes.start_time {order}"],
         )
         return found[0] if found else None
 
+    def _search_own(self, experiment_id: str, view: Any = None) -> Any:
+        own = {key: self.tags[TAG + key] for key in ("resume_id", "out") if self.tags.get(TAG + key)}
+        return self._search([experiment_id], "DESC", view, **own) if "resume_id" in own else None
+
     def _find_own(self, experiment_id: str) -> Any:
         """The MLflow run of this run if it was started before, or the stand-in of this lock."""
-        own = {key: self.tags[TAG + key] for key in ("resume_id", "out") if self.tags.get(TAG + key)}
-        run = self._search([experiment_id], "DESC", **own) if "resume_id" in own else None
+        from mlflow.entities import ViewType
+
+        run = self._search_own(experiment_id)
+        if run is None and self.status and self._search_own(experiment_id, ViewType.DELETED_ONLY):
+            raise Deleted
         if run is None and self.tags.get(TAG + "kind") == "lock" and self.tags.get(TAG + "lock_id"):
             stand_in = {"lock_id": self.tags[TAG + "lock_id"], "kind": "lock", "stand_in": "true"}
             run = self._search([experiment_id], **stand_in)
             if run is not None:
+                self.client.update_run(run.info.run_id, name=self.run_name)
                 self.client.delete_tag(run.info.run_id, TAG + "stand_in")
         return run
 

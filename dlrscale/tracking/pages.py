@@ -14,6 +14,7 @@ from urllib import request as urllib_request
 from urllib.parse import urlsplit
 
 from dlrscale.errors import ConfigError, JobError
+from dlrscale.tracking.ended import sweep_soon
 from dlrscale.tracking.store import resolve, shown, sqlite_path
 
 START_S = 90.0
@@ -48,6 +49,7 @@ def serve(uri: str, host: str = "127.0.0.1", port: int = 5000) -> None:
             before[number] = signal.signal(number, lambda *_: ended.set())
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"Starting MLflow's pages at {address} (about 10 s) ...", flush=True)
+    sweep_soon(uri)
     # What MLflow says goes to stderr: stdout is for the address.
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=2)
     try:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from dlrscale import record as records
-from dlrscale.tracking.mirror import TAG, Mirror
-from dlrscale.tracking.store import quiet, resolve, say, warning
+from dlrscale.tracking import folder
+from dlrscale.tracking.ended import sweep_soon
+from dlrscale.tracking.mirror import Mirror
+from dlrscale.tracking.store import first_line, quiet, resolve, warn_once
 
-START_S = 8.0  # the longest that a Tracker delays the start of training (the import of mlflow)
+START_S = 7.0  # the longest that a Tracker delays the start of training (the import of mlflow)
 FINISH_S = 15.0  # the longest that `finish` waits for the store
 FLUSH_S = 1.0  # rows are sent together at this interval
 RETRY_S = (5.0, 60.0)  # first and longest pause after a failure
@@ -27,7 +29,8 @@ class Tracker:
     """Copies one run to MLflow, on rank 0 only; never raises, and never makes the run wait for the store.
 
     Building it waits for the import of mlflow, `START_S` at the most; all calls are made by a thread of its
-    own. Rows that could not be sent are sent again later. The first failure is told on stderr, no other is.
+    own. Rows that could not be sent are sent again later. The first failure is told on stderr, no other is; a
+    note in the run's folder stays until MLflow has everything.
     """
 
     def __init__(
@@ -48,13 +51,13 @@ class Tracker:
             experiment: Name of the MLflow experiment: one per study.
             run_name: Name of the run in MLflow.
             config: Settings of the run, nested or flat. With `out` among them, a run counts as started again
-                only in the same folder.
+                only in the same folder (`folder.naming` makes this and the tags of a record).
             tags: `id`, `resume_id`, `kind`, `side`, `strategy`, `lock_id`, with or without the `dlrscale.`
                 before them; null values are left out.
             parent_lock_id: `lock_id` of the lock that an attack belongs to.
             system_metrics: Whether to log use of CPU, memory, network and GPU.
         """
-        self._uri, self._warned, self._warn_lock = uri or "(default)", False, threading.Lock()
+        self._uri, self._out = uri or "(default)", Path(config["out"]) if config.get("out") else None
         self._items: queue.SimpleQueue = queue.SimpleQueue()
         self._ready = threading.Event()
         self._thread: threading.Thread | None = None
@@ -62,8 +65,10 @@ class Tracker:
             self._uri = resolve(uri)
             # Taken as text now, so that nothing that the caller changes later is seen from the thread.
             config = json.loads(records.dumps(config, default=str))
-            tags = {k if "." in k else TAG + k: str(v) for k, v in tags.items() if v is not None}
-            self._mirror = Mirror(self._uri, experiment, run_name, config, tags, parent_lock_id, system_metrics)
+            tags = tags | folder.process()
+            self._mirror = Mirror(
+                self._uri, experiment, run_name, config, tags, parent_lock_id, system_metrics=system_metrics
+            )
             self._thread = threading.Thread(target=self._work, name="dlrscale-mlflow", daemon=True)
             self._thread.start()
             self._ready.wait(START_S)
@@ -104,16 +109,17 @@ class Tracker:
             self._warn(error)
 
     def _warn(self, error: BaseException | str) -> None:
-        with self._warn_lock:
-            if not self._warned:
-                self._warned = True
-                say(warning(self._uri, error))
+        warn_once(self._uri, error, self._out)
+        if self._out is not None:
+            folder.set_behind(self._out, self._uri, error if isinstance(error, str) else first_line(error))
 
     def _work(self) -> None:
         """The thread: gather rows, send them together, try again later what failed."""
         try:
             quiet()
             import mlflow  # noqa: F401
+
+            quiet()  # the import turns MLflow's own messages on again
         except BaseException as error:
             self._warn(error)
             return
@@ -126,9 +132,14 @@ class Tracker:
             if last is None and time.monotonic() < next_try:
                 continue
             try:
+                if not self._mirror.is_started:
+                    self._mirror.start()
+                    sweep_soon(self._uri)
                 self._mirror.send(rows)
                 if last is not None:
                     self._mirror.end(*last, warn=self._warn)
+                    if self._mirror.whole and self._out is not None:
+                        folder.clear_behind(self._out, self._uri)
                 pause = RETRY_S[0]
             except BaseException as error:
                 self._warn(error)
@@ -145,5 +156,6 @@ class Tracker:
                 break
             if len(item) == 2:
                 return item
+            self._mirror.whole &= len(rows) < WAITING_ROWS
             rows.append(item)
         return None

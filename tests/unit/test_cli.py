@@ -89,7 +89,7 @@ def test_help_is_fast_and_loads_no_torch():
     assert min(times) < 0.5, times
 
 
-@pytest.mark.parametrize("command", ["lock", "attack", "strategies", "report", "ui", "pretrain", "demo"])
+@pytest.mark.parametrize("command", ["lock", "attack", "strategies", "report", "ui", "mirror", "pretrain", "demo"])
 def test_every_command_has_help_with_an_example(call, command):
     code, out, _ = call(command, "--help")
     assert code == 0

@@ -158,6 +158,16 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_loop, tmp_path):
     assert [done for _, done, _, _ in loop.engine.saved] == [1]
 
 
+@pytest.mark.parametrize(
+    ("norm", "dtype", "fault"),
+    [(1.0, "fp32", None), (math.nan, "fp32", "the gradient norm is nan"), (math.inf, "bf16", "the gradient norm is inf"),
+     (-1.0, "bf16", "the gradient norm is -1.0"), (math.inf, "fp16", None)],
+)  # fmt: skip
+def test_a_gradient_that_is_not_finite_is_divergence(norm, dtype, fault):
+    assert train.not_finite({"loss/train": 1.0, "optim/grad_norm": norm}, dtype) == fault
+    assert train.not_finite({"loss/train": math.inf, "optim/grad_norm": norm}, dtype) == "the loss is inf"
+
+
 def test_resume_cuts_the_rows_after_the_checkpoint(make_loop, tmp_path):
     for step in range(1, 6):
         record.append_line(tmp_path / "steps.jsonl", {"step": step, "tokens": step * 10})

@@ -17,7 +17,7 @@ from pathlib import Path
 from dlrscale.record import process_started
 
 COMMAND = "DLRSCALE_COMMAND"  # "<pid> <start>" of the dlrscale command on this host, which writes the record then
-POLL_S = 1.0
+POLL_S = 0.2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 

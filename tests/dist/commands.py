@@ -15,8 +15,8 @@ import psutil
 from dlrscale import record
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "run", "far", "away", "from", "home"]
-LOCK = ["--depth", "4", "--num-ranks", "2", "--seq-len", "32", "--micro-batch", "2", "--steps", "20",
-        "--heal-steps", "8", "--checkpoint-every", "4", "--heldout-limit", "4", "--zero", "2"]  # fmt: skip
+LOCK = ["--depth", "4", "--num-ranks", "2", "--seq-len", "32", "--micro-batch", "2", "--steps", "40",
+        "--heal-steps", "12", "--checkpoint-every", "4", "--heldout-limit", "4", "--zero", "2"]  # fmt: skip
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TARGETS = ("command", "runner", "launcher", "rank", "all")
 GONE_S = 60.0

@@ -255,17 +255,17 @@ def test_a_server_in_any_state_changes_nothing(mode, attack, untracked, proxy, c
     assert content(proxy) == before
 
 
-@pytest.mark.parametrize(("lr", "expected"), [(1e6, "ok"), (1e30, "diverged")])
-def test_numbers_that_are_not_finite(lr, expected, attack, proxy, capfd):
-    """At 1e6 the gradients of this model are NaN and DeepSpeed skips their steps; at 1e30 the loss is NaN."""
+@pytest.mark.parametrize("lr", [1e6, 1e30])
+def test_numbers_that_are_not_finite(lr, attack, proxy, capfd):
+    """At 1e6 the gradients of this model are NaN, and DeepSpeed would skip their steps; at 1e30 the loss is NaN."""
     proxy.set("open")
     folder, code, _, _ = attack(proxy.uri, lr=lr)
     plain, plain_code, _, _ = attack("none", lr=lr)
-    assert code == plain_code == (launcher.EXIT_DIVERGED if expected == "diverged" else 0)
-    assert outcome(folder)[0] == expected
+    assert code == plain_code == launcher.EXIT_DIVERGED
+    assert outcome(folder)[0] == "diverged"
     assert outcome(folder) == outcome(plain)
     assert losses(folder) == losses(plain)
-    assert None in losses(folder)[-1]
+    assert None in losses(folder)[-1]  # strict JSON has no NaN
     assert "up to date" in mirrored(capfd, folder, "--tracking-uri", proxy.uri)
 
 

@@ -219,8 +219,8 @@ def refuse_family(folder: str | Path, why: SurgeryError) -> SurgeryError:
     name, stack = max(stacks, key=lambda pair: sum(1 for _ in pair[1].modules()))
     parts = ", ".join(f"{part} ({type(module).__name__})" for part, module in stack[0].named_children())
     return SurgeryError(
-        f"{why} Looked at {name}.0 ({type(stack[0]).__name__}): {parts}. Looked for one MLP of two or three linear "
-        "maps, as the families in the table have it; a mixture of experts is none."
+        f"{why} Looked at {name}.0 ({type(stack[0]).__name__}): {parts}. Looked for one MLP of two or three linear maps, "
+        "as the families in the table have it; a mixture of experts is none."
     )
 
 

@@ -192,15 +192,14 @@ FORMS: dict[str, Form] = {
 # Elements per inner unit that an activation saves for backward beyond what its neighbours save already:
 # (its own saved tensors when everything is trainable, the same when the factors are frozen). SiLU and GELU
 # save their input. ReLU saves its output, which the next linear saves too. GPT-2's gelu_new is written in
-# five operations: x, x/2, tanh and 1 + tanh are saved. gelu_fast, 0.5 x (1 + tanh(c x (1 + 0.044715 x x))), keeps x,
-# 0.044715 x, c x, the bracket in tanh, tanh, x/2 and 1 + tanh.
+# five operations: x, x/2, tanh and 1 + tanh are saved.
 ACTIVATION_SAVES: dict[str, tuple[int, int]] = {
     "silu": (1, 1),
     "gelu": (1, 1),
     "gelu_pytorch_tanh": (1, 1),
     "relu": (0, 1),
     "gelu_new": (4, 4),
-    "gelu_fast": (7, 7),
+    "gelu_fast": (4, 4),
 }
 ACTIVATION_ALIASES = {"swish": "silu"}
 

@@ -89,51 +89,6 @@ def make_gpt2():
     return make
 
 
-# Tiny models of each family by name; a family stands several times where its wiring has variants.
-HEADS = {"num_attention_heads": 4}
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS,
-         "max_position_embeddings": LENGTH, **HEADS}  # fmt: skip
-GATED = SIZES | {"intermediate_size": INNER}
-TWO = SIZES | {"intermediate_size": 64}
-FAMILY_CONFIGS = {
-    "llama": ("llama", GATED | {"mlp_bias": True}),
-    "mistral": ("mistral", GATED | {"num_key_value_heads": 2, "sliding_window": 16}),
-    "qwen2": ("qwen2", GATED | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "qwen3": ("qwen3", GATED | {"num_key_value_heads": 2, "head_dim": 8}),
-    "gemma": ("gemma", GATED | {"num_key_value_heads": 2, "head_dim": 8}),
-    "gemma-legacy": ("gemma", GATED | {"num_key_value_heads": 4, "head_dim": 8, "hidden_act": "gelu"}),
-    "phi3": ("phi3", GATED | {"num_key_value_heads": 2}),
-    "phi": ("phi", TWO),
-    "neox": ("gpt_neox", TWO | {"use_parallel_residual": False}),
-    "neox-parallel": ("gpt_neox", TWO | {"use_parallel_residual": True, "hidden_act": "gelu_fast"}),
-    "opt": ("opt", SIZES | {"ffn_dim": 64, "word_embed_proj_dim": WIDTH, "dropout": 0.0}),
-    "opt-after": ("opt", SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False,
-                                  "enable_bias": False, "dropout": 0.0}),
-    "falcon": ("falcon", SIZES | {"ffn_hidden_size": 64, "bias": True, "parallel_attn": False, "multi_query": False}),
-    "falcon-parallel": ("falcon", SIZES | {"parallel_attn": True, "multi_query": True}),
-    "falcon-new": ("falcon", SIZES | {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "gpt2": ("gpt2", {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_inner": 64, "n_layer": LAYERS, "n_head": 4,
-                      "n_positions": LENGTH, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def make_model():
-    """Factory of tiny models by their name in FAMILY_CONFIGS; keywords change the configuration."""
-
-    def make(name, seed=0, **changes):
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        model_type, values = FAMILY_CONFIGS[name]
-        tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.15}
-        torch.manual_seed(seed)
-        config = AutoConfig.for_model(model_type, **(values | tokens | changes))
-        return _spread(AutoModelForCausalLM.from_config(config), seed)
-
-    return make
-
-
 @pytest.fixture(scope="session")
 def save_base(tokenizer):
     """Write a base model and the tokenizer as a Hugging Face folder; returns the folder."""

@@ -161,7 +161,7 @@ def test_an_mlp_of_another_kind_names_the_module_and_what_is_missing(make_llama,
     model = make_llama()
     model.model.layers[1].mlp = nn.Sequential(nn.Linear(32, 32))
     with pytest.raises(
-        SurgeryError, match=r"model\.layers\.1\.mlp \(Sequential\) has no act_fn, down_proj, gate_proj, up_proj"
+        SurgeryError, match=r"model\.layers\.1\.mlp \(Sequential\) has no gate_proj, up_proj, down_proj"
     ):
         install(model, lock_config)
 

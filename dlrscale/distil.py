@@ -68,7 +68,7 @@ class Distiller:
 
         def visit(switch: Switch, x: torch.Tensor, y: torch.Tensor) -> None:
             pair = torch.stack([x.float().norm(dim=-1), y.float().norm(dim=-1)])
-            norms[switch.layer].append(pair[:, mask.view(x.shape[:-1])].cpu())
+            norms[switch.layer].append(pair[:, mask].cpu())
 
         with mode(self.switches, "teacher", visit):
             for batch in batches:
@@ -113,11 +113,10 @@ class Distiller:
                 if self.config.harden:
                     flat = token_error(switch.net(x, flat=True), y.detach(), floor)
                     per_token = error + self.config.harden_weight * F.relu(self.config.harden_target - flat)
-                real = mask.view(error.shape)
-                loss = (per_token * real).sum()
+                loss = (per_token * mask).sum()
             engine.backward(loss, scale)
             sums[0] += loss.detach().double()
-            sums[1] += (error.detach() * real).sum().double()
+            sums[1] += (error.detach() * mask).sum().double()
 
         with phases.phase("distil"), engine.many_backwards(), mode(self.switches, "teacher", visit):
             for index, micro in enumerate(batch.micro_batches):
@@ -142,7 +141,7 @@ class Distiller:
 
         def visit(switch: Switch, x: torch.Tensor, out: torch.Tensor) -> None:
             flat = token_error(switch.net(x.detach(), flat=True), out.detach(), self.floors[switch.layer])
-            penalties.append((F.relu(self.config.harden_target - flat) * mask.view(flat.shape)).sum())
+            penalties.append((F.relu(self.config.harden_target - flat) * mask).sum())
 
         for index, micro in enumerate(batch.micro_batches):
             engine.boundary(index == len(batch.micro_batches) - 1)
@@ -175,8 +174,7 @@ class Distiller:
         def visit(switch: Switch, x: torch.Tensor, y: torch.Tensor) -> None:
             wrong = (switch.net(x).float() - y.float()).square().sum(-1)
             right = y.float().square().sum(-1)
-            real = mask.view(right.shape)
-            sums[rows[switch.layer]] += torch.stack([(v * real).sum() for v in (wrong, right)]).double()
+            sums[rows[switch.layer]] += torch.stack([(v * mask).sum() for v in (wrong, right)]).double()
 
         batches = eval_batches(data, batch=batch, rank=engine.rank, world_size=engine.world_size, pad_id=pad_id)
         with mode(self.switches, "teacher", visit):

@@ -70,15 +70,10 @@ def locked_model(
     locked = model_class._from_config(config_class(**values), dtype=models.DTYPES[dtype])
     state = base.state_dict()
     for layer, net in nets.items():
-        state = _without_mlp(state, shape.family, layer)
-        state |= {f"{shape.family.mlp.format(layer)}.{k}": v for k, v in net.items()}
+        path = shape.family.mlp.format(layer)
+        state = {k: v for k, v in state.items() if not k.startswith(path + ".")}
+        state |= {f"{path}.{k}": v for k, v in net.items()}
     return _finish(locked, state, base)
-
-
-def _without_mlp(state: dict[str, torch.Tensor], family: Family, layer: int) -> dict[str, torch.Tensor]:
-    """A model's state without the MLP or DLR-Net of one layer."""
-    prefixes = tuple(path + "." for path in family.mlp_paths(layer))
-    return {k: v for k, v in state.items() if not k.startswith(prefixes)}
 
 
 def _ranks(state: dict[str, torch.Tensor]) -> list[int]:
@@ -115,27 +110,27 @@ def flattened_model(locked: PreTrainedModel) -> PreTrainedModel:
     if not shape.locked:
         raise SurgeryError("flatten: the model is not locked; there is nothing to flatten.")
     check_flattens(shape)
-    family = shape.family
     biased = _needs_bias(shape)
-    kept = models.find_mlps(locked, family, tuple(i for i in range(shape.layers) if i not in shape.ranks))
-    flat = {layer: models.mlp_weights(mlp, family) for layer, mlp in kept.items()}
-    for layer in shape.ranks:
-        flat[layer] = _as_family(dlr.flat_weights(locked.get_submodule(family.mlp.format(layer))), shape)
+    flat = {
+        layer: _as_family(dlr.flat_weights(locked.get_submodule(shape.family.mlp.format(layer))), shape)
+        if layer in shape.ranks
+        else models.mlp_weights(locked.get_submodule(shape.family.mlp.format(layer)), shape.family)
+        for layer in range(shape.layers)
+    }
     inner = max(weights.up.shape[0] for weights in flat.values())
     values = locked.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "dlr"):
         values.pop(key, None)
-    values[family.inner] = inner
-    if biased and not isinstance(family.bias, bool):
-        values[family.bias[0]] = True
-    config = AutoConfig.for_model(family.model_type, **values)
-    model = _base_class(family)._from_config(config, dtype=locked.dtype)
+    values[shape.family.inner] = inner
+    if biased and isinstance(shape.family.bias, str):
+        values[shape.family.bias] = True
+    config = AutoConfig.for_model(shape.family.model_type, **values)
+    model = _base_class(shape.family)._from_config(config, dtype=locked.dtype)
     state = locked.state_dict()
     for layer, weights in flat.items():
-        point = family.mlp.format(layer)
-        path = point.rpartition(".")[0] if family.siblings else point
-        state = _without_mlp(state, family, layer)
-        state |= {f"{path}.{k}": v for k, v in _mlp_state(weights, family, inner, biased).items()}
+        path = shape.family.mlp.format(layer)
+        state = {k: v for k, v in state.items() if not k.startswith(path + ".")}
+        state |= {f"{path}.{k}": v for k, v in _mlp_state(weights, shape.family, inner, biased).items()}
     return _finish(model, state, locked)
 
 
@@ -146,20 +141,13 @@ def check_flattens(shape: ModelShape) -> None:
         shape: The shape of a locked model.
 
     Raises:
-        SurgeryError: If the form divides per token (prenorm), is gated where MLPs have two matrices, or has no gate
-            where MLPs have one and no biases that could stand for it.
+        SurgeryError: If the form divides per token (prenorm), or is gated where MLPs have two matrices.
     """
-    form, family = shapes.FORMS[shape.form], shape.family
-    why = None
-    if form.norm:
-        why = "divides each token by its own norm"
-    elif form.gated and not family.gated:
-        why = "has a third matrix"
-    elif family.gated and not form.gated and isinstance(family.bias, bool):
-        why = "has no gate, and an MLP without biases has no constant one"
-    if why is not None:
+    form = shapes.FORMS[shape.form]
+    if form.norm or (form.gated and not shape.family.gated):
+        why = "divides each token by its own norm" if form.norm else "has a third matrix"
         raise SurgeryError(
-            f"--strategy flatten: the form {form.name} {why} and is no ordinary MLP of {family.model_type}. "
+            f"--strategy flatten: the form {form.name} {why} and is no ordinary MLP of {shape.family.model_type}. "
             "Regress one on it instead (undistil), or choose another --strategy."
         )
 
@@ -191,7 +179,7 @@ def _as_family(weights: MLPWeights, shape: ModelShape) -> MLPWeights:
 def _mlp_state(weights: MLPWeights, family: Family, inner: int, biased: bool) -> dict[str, torch.Tensor]:
     """State of one base MLP of width `inner`, zero-padded; absent biases are zeros where the family has them."""
     missing = inner - weights.up.shape[0]
-    state: dict[str, torch.Tensor] = {}
+    state = {}
     for name, weight, bias, pad in (
         (family.gate, weights.gate, weights.gate_bias, (0, 0, 0, missing)),
         (family.up, weights.up, weights.up_bias, (0, 0, 0, missing)),
@@ -200,12 +188,10 @@ def _mlp_state(weights: MLPWeights, family: Family, inner: int, biased: bool) ->
         if name is None:
             continue
         padded = nn.functional.pad(weight, pad)
-        values = {f"{name}.weight": (padded.t() if family.transposed else padded).contiguous()}
+        state[f"{name}.weight"] = (padded.t() if family.transposed else padded).contiguous()
         if biased:
             bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-            values[f"{name}.bias"] = nn.functional.pad(bias, (0, padded.shape[0] - bias.shape[0]))
-        for key, value in values.items():  # gate and up of one name are one matrix, gate first
-            state[key] = torch.cat([state[key], value]) if key in state else value
+            state[f"{name}.bias"] = nn.functional.pad(bias, (0, padded.shape[0] - bias.shape[0]))
     return state
 
 

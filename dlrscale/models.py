@@ -112,24 +112,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"{folder} holds no tokenizer that loads: {error}") from error
 
 
-class InlineMLP(nn.Module):
-    """A two-matrix MLP whose parts lie in the decoder layer itself, as one module; the parts keep their names."""
-
-    def __init__(self, family: Family, layer: nn.Module):
-        super().__init__()
-        self.order = (family.up, family.activation_module, family.down)
-        for name in self.order:
-            self.add_module(name, getattr(layer, name))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """down(s(up(x))); x and the answer are (..., D)."""
-        for name in self.order:
-            x = getattr(self, name)(x)
-        return x
-
-
 def find_mlps(model: PreTrainedModel, family: Family, layers: tuple[int, ...]) -> dict[int, nn.Module]:
-    """The MLP modules of some layers; nothing is changed.
+    """The MLP modules of some layers.
 
     Args:
         model: A model of the family.
@@ -146,26 +130,18 @@ def find_mlps(model: PreTrainedModel, family: Family, layers: tuple[int, ...]) -
     for layer in layers:
         path = family.mlp.format(layer)
         try:
-            mlp = model.get_submodule(path.rpartition(".")[0] if family.siblings else path)
+            mlp = model.get_submodule(path)
         except AttributeError:
             raise SurgeryError(f"{type(model).__name__} has no module {path}, where its MLP should be.") from None
-        names = {name for name in (family.gate, family.up, family.down, family.activation_module) if name}
-        lacking = sorted(name for name in names if not isinstance(getattr(mlp, name, None), nn.Module))
+        names = [name for name in (family.gate, family.up, family.down) if name]
+        lacking = [name for name in names if not hasattr(mlp, name)]
         if lacking:
             raise SurgeryError(
                 f"{path} ({type(mlp).__name__}) has no {', '.join(lacking)}: not an MLP of the kind that the table "
                 f"gives for {family.model_type}. Mixture-of-experts layers are not supported."
             )
-        found[layer] = InlineMLP(family, mlp) if family.siblings else mlp
+        found[layer] = mlp
     return found
-
-
-def place_mlp(model: PreTrainedModel, family: Family, layer: int, module: nn.Module) -> None:
-    """Put a module in the place of a layer's MLP; what of the MLP lies beside the swap point becomes an identity."""
-    point, *siblings = family.mlp_paths(layer)
-    for path, new in ((point, module), *((path, nn.Identity()) for path in siblings)):
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, new)
 
 
 def mlp_weights(mlp: nn.Module, family: Family) -> MLPWeights:
@@ -179,48 +155,13 @@ def mlp_weights(mlp: nn.Module, family: Family) -> MLPWeights:
         value = getattr(mlp, name).bias
         return None if value is None else value.detach()
 
-    up, up_bias = weight(family.up), bias(family.up)
-    gate = weight(family.gate) if family.gate and not family.fused else None
-    gate_bias = bias(family.gate) if family.gate and not family.fused else None
-    if family.fused:
-        gate, up = up.chunk(2)
-        gate_bias, up_bias = (None, None) if up_bias is None else up_bias.chunk(2)
     return MLPWeights(
-        gate=gate,
-        up=up,
+        gate=weight(family.gate) if family.gate else None,
+        up=weight(family.up),
         down=weight(family.down),
-        gate_bias=gate_bias,
-        up_bias=up_bias,
+        gate_bias=bias(family.gate) if family.gate else None,
+        up_bias=bias(family.up),
         down_bias=bias(family.down),
-    )
-
-
-def refuse_family(folder: str | Path, why: SurgeryError) -> SurgeryError:
-    """The error for a model that no row of the table fits, with what its decoder layers hold.
-
-    Args:
-        folder: The model's folder, by whose config.json the model is built without weights.
-        why: What `shapes.find_family` said.
-
-    Returns:
-        The error, to be raised.
-    """
-    from accelerate import init_empty_weights
-
-    try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config)
-    except Exception:  # a model_type that transformers does not know, or a configuration that it cannot build
-        return SurgeryError(f"{why} transformers cannot build it either, so its layers were not looked at.")
-    stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not stacks:
-        return why
-    name, stack = max(stacks, key=lambda pair: sum(1 for _ in pair[1].modules()))
-    parts = ", ".join(f"{part} ({type(module).__name__})" for part, module in stack[0].named_children())
-    return SurgeryError(
-        f"{why} Looked at {name}.0 ({type(stack[0]).__name__}): {parts}. Looked for one MLP of two or three linear maps, "
-        "as the families in the table have it; a mixture of experts is none."
     )
 
 

@@ -19,31 +19,26 @@ from dlrscale.errors import ConfigError, SurgeryError
 class Family:
     """One row of the table of model families: where its MLPs are, and what they are.
 
-    `mlp` is the swap point: the module of layer {} in whose place the DLR-Net comes. Where the MLP is no module of its
-    own, it is the first matrix's place, and `siblings` are the other parts beside it, which become identities.
-    `up`, `gate` and `down` name the matrices; `gate` is None where the MLP has two, and the same as `up` where both are
-    one matrix, gate first. `transposed` says that weights are stored as (in, out), as GPT-2's Conv1D does. `bias` is
-    the configuration's key that says whether MLPs have biases, with its default, or the answer for all models.
+    `up`, `gate` and `down` name the matrices inside an MLP; `gate` is None where the MLP has two matrices.
+    `transposed` says that weights are stored as (in, out), as GPT-2's Conv1D does.
     """
 
     model_type: str
+    mlp: str
+    attention: tuple[str, ...]
+    gate: str | None
+    up: str
+    down: str
+    activation_module: str
+    layers: str
+    width: str
+    inner: str
+    activation: str
+    default_activation: str
+    bias: str | bool
+    dropout: str | None
+    transposed: bool
     class_prefix: str
-    mlp: str = "model.layers.{}.mlp"
-    siblings: tuple[str, ...] = ()
-    attention: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    gate: str | None = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    activation_module: str = "act_fn"
-    layers: str = "num_hidden_layers"
-    width: str = "hidden_size"
-    inner: str = "intermediate_size"
-    activation: str = "hidden_act"
-    default_activation: str = "silu"
-    bias: tuple[str, bool] | bool = False
-    dropout: str | None = None
-    transposed: bool = False
-    tied: bool = False
 
     @property
     def gated(self) -> bool:
@@ -51,95 +46,34 @@ class Family:
         return self.gate is not None
 
     @property
-    def fused(self) -> bool:
-        """Whether gate and up are one matrix."""
-        return self.gate == self.up
-
-    @property
     def locked_model_type(self) -> str:
         """The `model_type` of a locked model of this family."""
         return f"dlr_{self.model_type}"
-
-    def mlp_paths(self, layer: int) -> tuple[str, ...]:
-        """The modules that make up the MLP of a layer, the swap point first."""
-        point = self.mlp.format(layer)
-        parent = point.rpartition(".")[0]
-        return (point, *(f"{parent}.{name}" for name in self.siblings))
 
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family(model_type="llama", class_prefix="DLRLlama", bias=("mlp_bias", False)),
-        Family(model_type="mistral", class_prefix="DLRMistral"),
-        Family(model_type="qwen2", class_prefix="DLRQwen2"),
-        Family(model_type="qwen3", class_prefix="DLRQwen3"),
-        Family(model_type="gemma", class_prefix="DLRGemma", default_activation="gelu_pytorch_tanh", tied=True),
         Family(
-            model_type="phi3",
-            class_prefix="DLRPhi3",
-            attention=("qkv_proj", "o_proj"),
-            gate="gate_up_proj",
-            up="gate_up_proj",
-            activation_module="activation_fn",
-        ),
-        Family(
-            model_type="phi",
-            class_prefix="DLRPhi",
-            attention=("q_proj", "k_proj", "v_proj", "self_attn.dense"),
-            gate=None,
-            up="fc1",
-            down="fc2",
-            activation_module="activation_fn",
-            default_activation="gelu_new",
-            bias=True,
-        ),
-        Family(
-            model_type="gpt_neox",
-            class_prefix="DLRGPTNeoX",
-            mlp="gpt_neox.layers.{}.mlp",
-            attention=("attention.query_key_value", "attention.dense"),
-            gate=None,
-            up="dense_h_to_4h",
-            down="dense_4h_to_h",
-            activation_module="act",
-            default_activation="gelu",
-            bias=True,
-        ),
-        Family(
-            model_type="opt",
-            class_prefix="DLROPT",
-            mlp="model.decoder.layers.{}.fc1",
-            siblings=("activation_fn", "fc2"),
-            attention=("q_proj", "k_proj", "v_proj", "out_proj"),
-            gate=None,
-            up="fc1",
-            down="fc2",
-            activation_module="activation_fn",
-            inner="ffn_dim",
-            activation="activation_function",
-            default_activation="relu",
-            bias=("enable_bias", True),
-            tied=True,
-        ),
-        Family(
-            model_type="falcon",
-            class_prefix="DLRFalcon",
-            mlp="transformer.h.{}.mlp",
-            attention=("self_attention.query_key_value", "self_attention.dense"),
-            gate=None,
-            up="dense_h_to_4h",
-            down="dense_4h_to_h",
-            activation_module="act",
-            inner="ffn_hidden_size",
-            activation="activation",
-            default_activation="gelu",
-            bias=("bias", False),
-            tied=True,
+            model_type="llama",
+            mlp="model.layers.{}.mlp",
+            attention=("q_proj", "k_proj", "v_proj", "o_proj"),
+            gate="gate_proj",
+            up="up_proj",
+            down="down_proj",
+            activation_module="act_fn",
+            layers="num_hidden_layers",
+            width="hidden_size",
+            inner="intermediate_size",
+            activation="hidden_act",
+            default_activation="silu",
+            bias="mlp_bias",
+            dropout=None,
+            transposed=False,
+            class_prefix="DLRLlama",
         ),
         Family(
             model_type="gpt2",
-            class_prefix="DLRGPT2",
             mlp="transformer.h.{}.mlp",
             attention=("attn.c_attn", "attn.c_proj"),
             gate=None,
@@ -154,7 +88,7 @@ FAMILIES: dict[str, Family] = {
             bias=True,
             dropout="resid_pdrop",
             transposed=True,
-            tied=True,
+            class_prefix="DLRGPT2",
         ),
     )
 }
@@ -199,7 +133,6 @@ ACTIVATION_SAVES: dict[str, tuple[int, int]] = {
     "gelu_pytorch_tanh": (1, 1),
     "relu": (0, 1),
     "gelu_new": (4, 4),
-    "gelu_fast": (4, 4),
 }
 ACTIVATION_ALIASES = {"swish": "silu"}
 
@@ -330,11 +263,11 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         width=width,
         inner=config.get(family.inner) or 4 * width,
         vocabulary=int(config.get("vocab_size", 0)),
-        tied=bool(config.get("tie_word_embeddings", family.tied)),
+        tied=bool(config.get("tie_word_embeddings", family.model_type == "gpt2")),
         activation=activation,
-        mlp_bias=family.bias if isinstance(family.bias, bool) else bool(config.get(*family.bias)),
+        mlp_bias=family.bias if isinstance(family.bias, bool) else bool(config.get(family.bias, False)),
         dropout=float(config.get(family.dropout, 0.1)) if family.dropout else 0.0,
-        max_length=None if config.get("alibi") else config.get("max_position_embeddings") or config.get("n_positions"),
+        max_length=config.get("max_position_embeddings") or config.get("n_positions"),
         form=dlr["form"] if dlr else None,
         ranks={int(i): tuple(r) for i, r in dlr["ranks"].items()} if dlr else None,
     )
@@ -389,9 +322,7 @@ def param_ratio(form: str, shape: ModelShape, ranks: Sequence[int]) -> float:
     return dlr_params(form, shape.width, ranks, shape.mlp_bias) / shape.mlp_params
 
 
-def mlp_saved_elements(
-    gated: bool, width: int, inner: int, activation: str, trainable: bool = True, fused: bool = False
-) -> int:
+def mlp_saved_elements(gated: bool, width: int, inner: int, activation: str, trainable: bool = True) -> int:
     """Elements per token that eager autograd saves for a base MLP.
 
     Two-matrix MLP, trainable: the input of both linears (D + F) and what the activation saves, D + 2F for
@@ -401,8 +332,7 @@ def mlp_saved_elements(
     own = ACTIVATION_SAVES[activation][0 if trainable else 1]
     if not gated:
         return width + (1 + own) * inner if trainable else own * inner
-    # Gate and up in one matrix are one storage of 2F, whichever half is kept.
-    product = 2 + (own if activation != "relu" else int(fused))
+    product = 2 + (own if activation != "relu" else 0)
     return width + (1 + product) * inner if trainable else product * inner
 
 
@@ -435,10 +365,7 @@ def saved_bytes(shape: ModelShape, layer: int, dtype_bytes: int, trainable: bool
     All elements are of the model's dtype, but for the norm of a token in each prenorm block, which is fp32.
     """
     if not shape.ranks or layer not in shape.ranks:
-        family = shape.family
-        elements = mlp_saved_elements(
-            family.gated, shape.width, shape.inner, shape.activation, trainable, fused=family.fused
-        )
+        elements = mlp_saved_elements(shape.family.gated, shape.width, shape.inner, shape.activation, trainable)
         return elements * dtype_bytes
     ranks = shape.ranks[layer]
     elements = dlr_saved_elements(shape.form, shape.width, ranks, shape.activation, trainable)

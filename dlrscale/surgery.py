@@ -78,7 +78,8 @@ def install(model: PreTrainedModel, shape: ModelShape, config: LockConfig) -> li
         else:
             cold_start(net, generator)
         switch = Switch(layer, mlp, net).eval()  # a DLR-Net has the MLP's dropout, which a teacher's student has not
-        models.place_mlp(model, shape.family, layer, switch)
+        parent, _, name = shape.family.mlp.format(layer).rpartition(".")
+        setattr(model.get_submodule(parent), name, switch)
         switches.append(switch)
     return switches
 

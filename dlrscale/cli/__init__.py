@@ -7,16 +7,13 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from dlrscale import __version__, catalogue
 from dlrscale.cli.options import DATA_OPTIONS, ENGINE_OPTIONS, PATH, RUN_OPTIONS, TRAIN_OPTIONS
 from dlrscale.errors import ConfigError, DlrscaleError, JobError
-
-if TYPE_CHECKING:
-    from dlrscale.shapes import ModelShape
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -117,7 +114,7 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     from dlrscale.cli.run import execute, inside_launch, resolve, run_rank
     from dlrscale.config import LockConfig
 
-    shape = _shape(options["model"])
+    shape = shapes.model_shape(shapes.read_config(options["model"]))
     options["form"] = options["form"] or ("gated" if shape.family.gated else "plain")
     if options["start"] is None:
         options["start"] = "warm" if shapes.FORMS[options["form"]].start_on == shape.kind else "cold"
@@ -127,21 +124,6 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     if not dry_run:
         click.echo(f"lock {config.name}: form {config.form}, depth {config.depth}, {config.start} start", err=True)
     execute(config, dry_run=dry_run)
-
-
-def _shape(folder: str) -> ModelShape:
-    """The shape of a model; a family that is not in the table is refused with what its layers hold."""
-    from dlrscale import shapes
-    from dlrscale.errors import SurgeryError
-
-    config = shapes.read_config(folder)
-    try:
-        shapes.find_family(config)
-    except SurgeryError as error:
-        from dlrscale import models
-
-        raise models.refuse_family(folder, error) from None
-    return shapes.model_shape(config)
 
 
 def _levers(options: dict[str, Any]) -> catalogue.Levers:
@@ -207,7 +189,7 @@ def attack(
 def attack_configs(options: dict[str, Any], base: str | None, strategy: str, knobs: tuple[str, ...]) -> list[Any]:
     """The configurations of an attack: of the base model, if given, and of the model itself."""
     from dlrscale import config as configuration
-    from dlrscale import export
+    from dlrscale import export, shapes
     from dlrscale.cli.run import choose_levers, resolve
     from dlrscale.config import AttackConfig
 
@@ -215,16 +197,17 @@ def attack_configs(options: dict[str, Any], base: str | None, strategy: str, kno
     pairs = dict(knob.partition("=")[::2] for knob in knobs)
     levers = choose_levers(entry, options)
     shared = options | {"strategy": strategy, "knobs": entry.resolve_knobs(pairs)}
-    model_shape, base_shape = _shape(options["model"]), _shape(base) if base else None
+    for folder in filter(None, (options["model"], base)):
+        shapes.find_family(shapes.read_config(folder))
     manifest = export.read_manifest(options["model"])
-    if manifest is None and model_shape.locked:
+    if manifest is None and shapes.model_shape(shapes.read_config(options["model"])).locked:
         raise ConfigError(
             f"--model {options['model']} is locked, but has no lock.json. Copy it from the lock's own folder."
         )
     shared["lock_id"] = manifest["lock_id"] if manifest else None
     if base and manifest is None:
         raise ConfigError(f"--base is for a locked --model; {options['model']} has no lock.json. Leave --base out.")
-    if base_shape and base_shape.locked:
+    if base and shapes.model_shape(shapes.read_config(base)).locked:
         raise ConfigError(f"--base {base} is a locked model itself. Name the unlocked one.")
     if base and configuration.digest(base) != manifest["base"]["digest"]:
         raise ConfigError(

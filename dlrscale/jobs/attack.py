@@ -132,12 +132,12 @@ def transform(run_: Run, name: str, folder: Path) -> Path:
 
 
 def mlp_parts(model: nn.Module, shape: shapes.ModelShape) -> dict[str, nn.Module]:
-    """The modules that make up the MLPs or DLR-Nets of all layers by their paths, also inside peft's wrapper."""
-    paths = [path for layer in range(shape.layers) for path in shape.family.mlp_paths(layer)]
+    """The MLP or DLR-Net of every layer by its index, also inside peft's wrapper."""
+    paths = {shape.family.mlp.format(layer): str(layer) for layer in range(shape.layers)}
     return {
-        path: module
+        label: module
         for name, module in model.named_modules()
-        for path in paths
+        for path, label in paths.items()
         if name == path or name.endswith("." + path)
     }
 

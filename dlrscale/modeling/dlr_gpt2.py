@@ -1,9 +1,10 @@
 """A GPT-2 whose MLPs are DLR-Nets. `config.dlr` holds the form and the ranks of each locked layer."""
 
+import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from .dlr_net import init_net, replace_mlps
+from .dlr_net import DLRNet
 
 
 class DLRGPT2Config(GPT2Config):
@@ -21,9 +22,16 @@ class DLRGPT2ForCausalLM(GPT2LMHeadModel):
 
     def __init__(self, config: DLRGPT2Config):
         super().__init__(config)
-        replace_mlps(self.transformer.h, config.dlr, config.n_embd, True, "act", dropout=config.resid_pdrop)
+        for index, ranks in (config.dlr or {"ranks": {}})["ranks"].items():
+            layer = self.transformer.h[int(index)]
+            layer.mlp = DLRNet(
+                config.n_embd, ranks, config.dlr["form"], layer.mlp.act, bias=True, dropout=config.resid_pdrop
+            )
         self.post_init()
 
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        init_net(module)
+        if isinstance(module, DLRNet):
+            nn.init.zeros_(module.b)
+            nn.init.zeros_(module.bias)

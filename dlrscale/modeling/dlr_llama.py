@@ -1,9 +1,10 @@
 """A Llama whose MLPs are DLR-Nets. `config.dlr` holds the form and the ranks of each locked layer."""
 
+import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .dlr_net import init_net, replace_mlps
+from .dlr_net import DLRNet
 
 
 class DLRLlamaConfig(LlamaConfig):
@@ -21,9 +22,15 @@ class DLRLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: DLRLlamaConfig):
         super().__init__(config)
-        replace_mlps(self.model.layers, config.dlr, config.hidden_size, config.mlp_bias, "act_fn")
+        for index, ranks in (config.dlr or {"ranks": {}})["ranks"].items():
+            layer = self.model.layers[int(index)]
+            layer.mlp = DLRNet(config.hidden_size, ranks, config.dlr["form"], layer.mlp.act_fn, bias=config.mlp_bias)
         self.post_init()
 
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        init_net(module)
+        if isinstance(module, DLRNet):
+            nn.init.zeros_(module.b)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -88,8 +88,15 @@ def transform(run_: Run, name: str, folder: Path) -> Path:
 
 
 def mlp_parts(model: nn.Module, shape: shapes.ModelShape) -> dict[str, nn.Module]:
-    """The MLP or DLR-Net of every layer by its index, also inside peft's wrapper."""
-    paths = {shape.family.mlp.format(layer): str(layer) for layer in range(shape.layers)}
+    """The MLP or DLR-Net of every layer by its index, also inside peft's wrapper.
+
+    Where a family has no MLP module, its parts are listed one by one as `<layer>.<name>`.
+    """
+    family = shape.family
+    paths = {family.mlp.format(layer): str(layer) for layer in range(shape.layers)}
+    if family.inline:
+        rest = (family.activation_module, family.down)
+        paths |= {f"{family.home(i)}.{name}": f"{i}.{name}" for i in range(shape.layers) for name in rest}
     return {
         label: module
         for name, module in model.named_modules()

@@ -108,10 +108,11 @@ def mlp_parts(model: nn.Module, shape: shapes.ModelShape) -> dict[str, nn.Module
 def saved_formula(config: AttackConfig, shape: shapes.ModelShape, entry: catalogue.Strategy) -> dict[str, float]:
     """Derived bytes per token saved by all MLP parts, for strategies that keep them.
 
-    Left out where layers are checkpointed, where adapters sit inside the MLPs, and where the family's dropout
-    is on: its mask's size depends on the device.
+    Left out where layers are checkpointed, where adapters sit inside the MLPs, and where a dropout is on, in the
+    MLPs (its mask's size depends on the device) or before adapters that would keep the MLP's own input.
     """
-    if config.activation_checkpointing != "none" or entry.trainable == "lora" or shape.dropout:
+    dropout = shape.dropout or (shape.shared_input and config.knobs.get("dropout"))
+    if config.activation_checkpointing != "none" or entry.trainable == "lora" or dropout:
         return {}
     trainable = entry.trainable == "all"
     total = sum(shapes.saved_bytes(shape, i, DTYPE_BYTES[config.dtype], trainable) for i in range(shape.layers))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dlrscale.errors import ConfigError, SurgeryError
-from dlrscale.shapes.families import FAMILIES, Family, find_family, mlp_bias, reads_attention_input
+from dlrscale.shapes.families import FAMILIES, Family, find_family, mlp_bias, wiring
 
 __all__ = ["FAMILIES", "Family", "find_family"]
 
@@ -77,7 +77,8 @@ class ModelShape:
     mlp_bias: bool
     dropout: float
     max_length: int | None
-    shared_input: bool = False  # MLP and attention read one tensor
+    parallel: bool = False  # the MLP runs beside its layer's attention
+    shared_input: bool = False  # both read one tensor
     form: str | None = None
     ranks: dict[int, tuple[int, ...]] | None = None
 
@@ -161,6 +162,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
             f"({', '.join(ACTIVATION_SAVES)})."
         )
     dlr = config.get("dlr")
+    parallel, shared_input = wiring(config)
     return ModelShape(
         family=family,
         locked=str(config["model_type"]).startswith("dlr_"),
@@ -173,7 +175,8 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         mlp_bias=mlp_bias(family, config),
         dropout=float(config.get(family.dropout, 0.1)) if family.dropout else 0.0,
         max_length=None if config.get("alibi") else config.get(family.positions),  # Falcon's ALiBi has no limit
-        shared_input=reads_attention_input(config),
+        parallel=parallel,
+        shared_input=shared_input,
         form=dlr["form"] if dlr else None,
         ranks={int(i): tuple(r) for i, r in dlr["ranks"].items()} if dlr else None,
     )
@@ -273,7 +276,10 @@ def saved_bytes(shape: ModelShape, layer: int, dtype_bytes: int, trainable: bool
 
     All elements are of the model's dtype, but for the norm of a token in each prenorm block, which is fp32.
     Where the attention reads the same x as the MLP, x is the attention's, which is trained too and runs first.
+    Frozen, with adapters on the attention: where the MLP runs beside it, no gradient passes through the first one.
     """
+    if shape.parallel and layer == 0 and not trainable:
+        return 0
     if not shape.ranks or layer not in shape.ranks:
         family = shape.family
         elements = mlp_saved_elements(

@@ -225,14 +225,22 @@ def mlp_bias(family: Family, config: Mapping[str, Any]) -> bool:
     return family.bias if isinstance(family.bias, bool) else bool(config.get(family.bias, family.default_bias))
 
 
-def reads_attention_input(config: Mapping[str, Any]) -> bool:
-    """Whether MLP and attention of a layer read the same tensor, so that it is kept for backward once for both.
+def wiring(config: Mapping[str, Any]) -> tuple[bool, bool]:
+    """How the MLP of a layer stands to its attention.
 
-    Phi has one norm before both; Falcon has one unless attention comes first or each has its own.
+    Args:
+        config: The content of a config.json of a family in the table.
+
+    Returns:
+        Whether it runs beside the attention and reads nothing that this wrote; and whether both read the very same
+        tensor (Phi and most Falcons have one norm before both), which is kept for backward once.
     """
-    model_type = str(config.get("model_type")).removeprefix("dlr_")
-    if model_type == "falcon":
-        if config.get("new_decoder_architecture", False):
-            return config.get("num_ln_in_parallel_attn") == 1
-        return bool(config.get("parallel_attn", True))
-    return model_type == "phi"
+    model_type = str(config["model_type"]).removeprefix("dlr_")
+    if model_type == "phi":
+        return True, True
+    if model_type == "gpt_neox":
+        return bool(config.get("use_parallel_residual", True)), False
+    if model_type == "falcon" and config.get("new_decoder_architecture"):
+        return True, config.get("num_ln_in_parallel_attn") == 1
+    parallel = model_type == "falcon" and bool(config.get("parallel_attn", True))
+    return parallel, parallel

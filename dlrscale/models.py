@@ -7,8 +7,10 @@ here without remote code.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -94,6 +97,28 @@ def check_weights(folder: str | Path) -> None:
         raise ConfigError(f"{folder} holds no *.safetensors weights. Fetch the model again, or convert its weights.")
 
 
+def check_generation(folder: str | Path) -> None:
+    """Refuse generation settings that transformers cannot read or would not save again at the end of a lock.
+
+    Args:
+        folder: A Hugging Face folder.
+
+    Raises:
+        ConfigError: If there are such.
+    """
+    file = Path(folder) / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            GenerationConfig.from_pretrained(str(folder), local_files_only=True).save_pretrained(place)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{file}: transformers refuses these generation settings: {' '.join(str(error).split())} "
+            "Mend the file, or remove it for the model's own defaults."
+        ) from error
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies in a model folder.
 
@@ -110,6 +135,44 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} holds no tokenizer that loads: {error}") from error
+
+
+def refuse_family(config: Mapping[str, Any]) -> NoReturn:
+    """Say why a model whose `model_type` is not in the table of families cannot be locked.
+
+    The model is built without memory, so that the message can name the module that was looked at.
+
+    Args:
+        config: The content of its config.json.
+
+    Raises:
+        SurgeryError: Always.
+    """
+    try:
+        found = AutoConfig.for_model(**{**config, "model_type": str(config.get("model_type"))})
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(found)
+        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+        stack, modules = max(layers, key=_size)
+        parts = [(f"{stack}.{i}.{n}", m) for i, layer in enumerate(modules) for n, m in layer.named_children()]
+        path, part = max(parts, key=_size)
+    except Exception as error:  # whatever transformers makes of a configuration that nobody here knows
+        why = " ".join(str(error).split()).partition(". ")[0]
+        looked = f"transformers builds no causal language model of it whose layers one could look at ({why})."
+    else:
+        names = ", ".join(name for name, _ in part.named_children())
+        looked = (
+            f"looked at {path} ({type(part).__name__}: {names or 'no modules'}), the largest part of a layer; looked "
+            "for an MLP of two or three linear maps where one of the families in docs/lock.md has it."
+        ) + (" A mixture of experts is no such MLP." if "expert" in names else "")
+    raise SurgeryError(
+        f"config.json: model_type {config.get('model_type')!r} is not a family that dlrscale can lock: {looked} "
+        f"Name a model of one of these: {', '.join(shapes.FAMILIES)}."
+    )
+
+
+def _size(named: tuple[str, nn.Module]) -> int:
+    return sum(p.numel() for p in named[1].parameters())
 
 
 class InlineMLP(nn.Module):

@@ -105,7 +105,7 @@ FAMILY_VALUES = {
 
 @pytest.fixture(scope="session")
 def make_model(make_llama, make_gpt2):
-    """Factory of a tiny model of any family of the table (D 32, F 48, 64 for GPT-2); keywords change the configuration."""
+    """Factory of a tiny model of any family (D 32, F 48 or GPT-2's 64); keywords change the configuration."""
 
     def make(family, seed=0, **changes):
         import torch

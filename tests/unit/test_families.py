@@ -5,14 +5,15 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from dlrscale import attacks, distil, export, models, shapes, surgery
-from dlrscale.config import AttackConfig
 from dlrscale.errors import SurgeryError
 from dlrscale.jobs.attack import mlp_parts
+from dlrscale.jobs.common import parameter_counts
 from dlrscale.measure import SavedBytes
 from dlrscale.modeling.dlr_net import DLRNet
 
@@ -228,6 +229,12 @@ def test_an_exported_folder_is_the_student(base, save_base, start_nets, tokenize
     assert all(torch.equal(state[k], source[k]) for k in kept)
     nets = [n for n, m in again.named_modules() if isinstance(m, DLRNet)]
     assert nets == [family.mlp.format(1)]
+    # A tied pair is one tensor on disk, one after loading, and counted once.
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) is not again.config.tie_word_embeddings  # noqa: SIM118
+        names = {k for k, _ in again.named_parameters()}  # a pair has one name here
+        stored = sum(file.get_tensor(k).numel() for k in file.keys() if k in names)  # noqa: SIM118
+    assert parameter_counts(again)["params/total"] == stored
 
 
 @pytest.mark.parametrize("options", [{}, {"layers": "1", "rank": 20}], ids=["parity", "unequal"])
@@ -261,6 +268,51 @@ def test_which_forms_flatten(make_model, family):
         with pytest.raises(SurgeryError) as error:
             export.check_flattens(replace(shape, form=form))
         assert all(part in str(error.value) for part in (form, family, "undistil"))
+
+
+# --- Families that are not in the table ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (
+            {"model_type": "mixtral"},
+            ("model.layers.0.mlp (MixtralSparseMoeBlock: gate, experts)", "mixture of experts"),
+        ),
+        ({"model_type": "qwen2_moe"}, ("model.layers.0.mlp (Qwen2MoeSparseMoeBlock: ", "mixture of experts")),
+        # Its first layers are dense, the later ones are not.
+        ({"model_type": "deepseek_v3"}, ("model.layers.3.mlp (DeepseekV3MoE: ", "mixture of experts")),
+        ({"model_type": "mamba"}, ("backbone.layers.0.mixer (MambaMixer: ", "two or three linear maps")),
+        ({"model_type": "bert-of-mine"}, ("transformers builds no causal language model", "bert-of-mine")),
+        ({"model_type": "t5"}, ("transformers builds no causal language model", "T5Config")),
+        ({"model_type": "mixtral", "hidden_size": "x"}, ("transformers builds no causal", "hidden_size")),
+        ({}, ("model_type None", "transformers builds no causal language model")),
+    ],
+)
+def test_another_family_is_refused_by_what_was_looked_at(config, parts):
+    with pytest.raises(SurgeryError) as error:
+        models.refuse_family(config)
+    for part in (*parts, "model_type", "llama, mistral, qwen2, qwen3, gemma, phi3, phi, gpt_neox, opt, falcon, gpt2"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["lock", "attack"])
+def test_the_commands_name_the_expert_block(command, tmp_path):
+    from click.testing import CliRunner
+
+    from dlrscale.cli import dlrscale
+
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps({"model_type": "qwen2_moe", "num_hidden_layers": 2}))
+    line = [command, "--model", str(tmp_path / "m"), "--data", "x.txt", "--out", str(tmp_path / "out")]
+    with pytest.raises(SurgeryError, match=r"model\.layers\.0\.mlp \(Qwen2MoeSparseMoeBlock") as error:
+        CliRunner().invoke(
+            dlrscale, line + (["--strategy", "full"] if command == "attack" else []), catch_exceptions=False
+        )
+    assert error.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
 
 
 # --- Attacks ------------------------------------------------------------------------------------------------------

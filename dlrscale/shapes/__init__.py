@@ -146,7 +146,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         The shape; `form` and `ranks` are None for a base model.
 
     Raises:
-        SurgeryError: If the family or the activation is unknown, or a size is missing.
+        SurgeryError: If the family or the activation is unknown, a size is missing, or layers are left out by chance.
     """
     family = find_family(config)
     sizes = [family.layers, family.width] + ([] if family.inner_default else [family.inner])
@@ -154,6 +154,11 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     if missing:
         raise SurgeryError(f"config.json of a {family.model_type} model lacks {', '.join(missing)}.")
     width = config[family.width]
+    if config.get("layerdrop"):
+        raise SurgeryError(
+            f"config.json: layerdrop {config['layerdrop']} leaves out layers by chance while training, other ones on "
+            "each rank. Set it to 0."
+        )
     activation = str(config.get(family.activation) or family.default_activation)
     activation = (ACTIVATION_ALIASES | dict(family.activation_renames)).get(activation, activation)
     if activation not in ACTIVATION_SAVES:

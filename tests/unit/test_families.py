@@ -11,10 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from dlrscale import attacks, distil, export, models, shapes, surgery
+from dlrscale.data import TokenData
 from dlrscale.errors import SurgeryError
 from dlrscale.jobs.attack import mlp_parts
 from dlrscale.jobs.common import parameter_counts
-from dlrscale.measure import SavedBytes
+from dlrscale.measure import Phases, SavedBytes
 from dlrscale.modeling.dlr_net import DLRNet
 
 IDS = torch.randint(3, 260, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -110,6 +111,14 @@ def test_what_a_config_leaves_out_is_the_familys_own_default(name):
         assert shapes.model_shape(config).activation == getattr(AutoConfig.for_model(**config), family.activation)
 
 
+def test_layers_that_come_and_go_are_refused(make_model):
+    """OPT's layerdrop: each rank would leave out other layers, and at ZeRO 3 all would wait for ever."""
+    config = make_model("opt").config.to_dict()
+    assert config["layerdrop"] == 0.0
+    with pytest.raises(SurgeryError, match=r"layerdrop 0\.1 .* Set it to 0"):
+        shapes.model_shape(config | {"layerdrop": 0.1})
+
+
 def test_a_missing_inner_width_is_no_guess():
     with pytest.raises(SurgeryError, match=r"mistral model lacks intermediate_size"):
         shapes.model_shape({"model_type": "mistral", "num_hidden_layers": 2, "hidden_size": 32})
@@ -162,28 +171,46 @@ def test_a_warm_student_at_coupling_zero_is_the_base(base, lock_config):
 
 
 def test_errors_and_gradients_do_not_see_what_a_layer_adds_in_place(base, lock_config, fake_engine, step_batch):
-    """Falcon adds attention onto the MLP's output where it lies; the gradients equal those on clones."""
+    """Falcon adds attention onto the MLP's output where it lies; all figures and gradients equal those on clones.
+
+    OPT hands (B T, D) to its maps, the others (B, T, D): the real tokens of a padded batch are found in both.
+    """
     switches = install(base, lock_config, harden=True)
-    for switch in switches:
-        switch.net.b.fill_(0.5)
     batch = step_batch((IDS, [9, 6]))
-    from dlrscale.measure import Phases
+    rows = [ids[:n].numpy() for ids, n in zip(IDS, (9, 6), strict=True)]
+    tokens = TokenData(rows, rows, False, {})
 
     def steps():
-        distiller = distil.Distiller(switches, lock_config(), {0: 1.0, 1: 1.0})
-        found = []
+        distiller = distil.Distiller(switches, lock_config())
+        found = [(distiller.calibrate(fake_engine(base), batch.micro_batches), dict(distiller.floors))]
         for step in (distiller.distil_step, distiller.heal_step):
             engine = fake_engine(base)
             found.append((step(engine, batch, Phases(engine.device)), engine.gradients))
-        return found
+        return [*found, (distiller.layer_errors(fake_engine(base), tokens, 2, 2), {})]
 
     plain = steps()
     for switch in switches:  # now nobody can write into what the switch gave to its visit or keeps
         switch.register_forward_hook(lambda module, args, out: out.clone())
     for (values, gradients), (other, others) in zip(plain, steps(), strict=True):
         assert values == other
-        assert len(gradients) == sum(p.requires_grad for p in base.parameters())
-        assert all(torch.equal(gradients[k], others[k]) for k in others)
+        assert all(torch.equal(torch.as_tensor(gradients[k]), torch.as_tensor(others[k])) for k in others)
+    (scales, floors), _, (_, gradients), (errors, _) = plain
+    assert len(gradients) == sum(p.requires_grad for p in base.parameters())
+    # By hand, from the true inputs and outputs of the 15 real tokens.
+    seen = {}
+    for switch in switches:
+        switch.register_forward_hook(lambda s, args, out: seen.update({s.layer: (args[0].clone(), out.clone())}))
+    with torch.no_grad():
+        base(**{k: v for k, v in batch.micro_batches[0].items() if k != "labels"})
+    for switch in switches:
+        x, y = (v.reshape(18, -1)[:15] for v in seen[switch.layer])
+        assert scales[switch.layer] == pytest.approx(
+            float(0.25 * (x.norm(dim=-1) / y.norm(dim=-1)).median()), rel=2**-7
+        )
+        assert floors[switch.layer] == pytest.approx(float(y.norm(dim=-1).square().median()), rel=1e-5)
+        with torch.no_grad():
+            wrong = float((switch.net(x) - y).square().sum() / y.square().sum())
+        assert errors[switch.layer] == pytest.approx(wrong, rel=1e-4)
 
 
 def test_a_module_that_is_not_what_the_config_says_changes_nothing(base, lock_config):

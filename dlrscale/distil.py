@@ -24,9 +24,12 @@ from dlrscale.surgery import Switch, mode
 
 
 def token_error(student: torch.Tensor, target: torch.Tensor, floor: float) -> torch.Tensor:
-    """||student - target||^2 / (||target||^2 + floor) per token, in fp32; (..., D) twice -> (...)."""
+    """||student - target||^2 / (||target||^2 + floor) per token, in fp32; (..., D) twice -> (tokens,).
+
+    Tokens are flat here and below: some families (OPT) give their MLPs (B T, D), others (B, T, D).
+    """
     target = target.float()
-    return (student.float() - target).square().sum(-1) / (target.square().sum(-1) + floor)
+    return ((student.float() - target).square().sum(-1) / (target.square().sum(-1) + floor)).flatten()
 
 
 def forward(engine: Engine, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -67,13 +70,13 @@ class Distiller:
         norms: dict[int, list[torch.Tensor]] = {s.layer: [] for s in self.switches}
 
         def visit(switch: Switch, x: torch.Tensor, y: torch.Tensor) -> None:
-            pair = torch.stack([x.float().norm(dim=-1), y.float().norm(dim=-1)])
+            pair = torch.stack([x.float().norm(dim=-1).flatten(), y.float().norm(dim=-1).flatten()])
             norms[switch.layer].append(pair[:, mask].cpu())
 
         with mode(self.switches, "teacher", visit):
             for batch in batches:
                 batch = {k: v.to(engine.device) for k, v in batch.items()}
-                mask = batch["attention_mask"].bool()
+                mask = batch["attention_mask"].bool().flatten()
                 forward(engine, batch)
         found = torch.empty(len(self.switches), 2, dtype=torch.float64)
         for row, switch in enumerate(self.switches):
@@ -122,7 +125,7 @@ class Distiller:
             for index, micro in enumerate(batch.micro_batches):
                 last = index == len(batch.micro_batches) - 1
                 micro = {k: v.to(engine.device) for k, v in micro.items()}
-                mask = micro["attention_mask"].float()
+                mask = micro["attention_mask"].float().flatten()
                 with torch.no_grad():
                     forward(engine, micro)
         with phases.phase("optimizer"):
@@ -146,14 +149,15 @@ class Distiller:
         for index, micro in enumerate(batch.micro_batches):
             engine.boundary(index == len(batch.micro_batches) - 1)
             micro = {k: v.to(engine.device) for k, v in micro.items()}
-            mask = micro["attention_mask"].float()
+            mask = micro["attention_mask"].float().flatten()
             penalties.clear()
             with phases.phase("forward"):
                 with torch.no_grad(), mode(self.switches, "teacher"):
                     teacher = forward(engine, micro).float().log_softmax(-1)
                 with mode(self.switches, "student", visit if self.config.harden else None):
                     student = forward(engine, micro).float().log_softmax(-1)
-                divergence = (F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * mask).sum()
+                kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+                divergence = (kl.flatten() * mask).sum()
                 loss = divergence
                 if penalties:
                     loss = loss + self.config.heal_harden_weight * torch.stack(penalties).sum()
@@ -172,15 +176,15 @@ class Distiller:
         rows = {s.layer: i for i, s in enumerate(self.switches)}
 
         def visit(switch: Switch, x: torch.Tensor, y: torch.Tensor) -> None:
-            wrong = (switch.net(x).float() - y.float()).square().sum(-1)
-            right = y.float().square().sum(-1)
+            wrong = (switch.net(x).float() - y.float()).square().sum(-1).flatten()
+            right = y.float().square().sum(-1).flatten()
             sums[rows[switch.layer]] += torch.stack([(v * mask).sum() for v in (wrong, right)]).double()
 
         batches = eval_batches(data, batch=batch, rank=engine.rank, world_size=engine.world_size, pad_id=pad_id)
         with mode(self.switches, "teacher", visit):
             for micro in batches:
                 micro = {k: v.to(engine.device) for k, v in micro.items()}
-                mask = (micro["labels"] != -100).float()
+                mask = (micro["labels"] != -100).float().flatten()
                 forward(engine, micro)
         ratios = engine.sum_over_ranks(sums)
         return {s.layer: float(ratios[i, 0] / ratios[i, 1]) for i, s in enumerate(self.switches)}

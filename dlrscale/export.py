@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,16 @@ def locked_model(
     for key in ("model_type", "architectures", "auto_map"):
         values.pop(key, None)
     locked = model_class._from_config(config_class(**values), dtype=models.DTYPES[dtype])
-    state = base.state_dict()
+    state = _without_mlps(base, shape, nets)
     for layer, net in nets.items():
-        path = shape.family.mlp.format(layer)
-        state = {k: v for k, v in state.items() if not k.startswith(path + ".")}
-        state |= {f"{path}.{k}": v for k, v in net.items()}
+        state |= {f"{shape.family.mlp.format(layer)}.{k}": v for k, v in net.items()}
     return _finish(locked, state, base)
+
+
+def _without_mlps(model: PreTrainedModel, shape: ModelShape, layers: Iterable[int]) -> dict[str, torch.Tensor]:
+    """State of a model without that of some layers' MLPs or DLR-Nets."""
+    prefixes = tuple(prefix for layer in layers for prefix in shape.family.state_prefixes(layer))
+    return {k: v for k, v in model.state_dict().items() if not k.startswith(prefixes)}
 
 
 def _ranks(state: dict[str, torch.Tensor]) -> list[int]:
@@ -93,9 +97,9 @@ def _finish(model: PreTrainedModel, state: dict[str, torch.Tensor], source: PreT
 def flattened_model(locked: PreTrainedModel) -> PreTrainedModel:
     """Turn every DLR-Net of a locked model into one ordinary MLP of the base's own architecture.
 
-    By form and family: gated on a gated MLP and plain on a two-matrix MLP are exact; plain on a gated MLP
-    becomes gate = A, up with weight 0 and bias 1 (the family must know MLP biases). Layers of unequal widths
-    are zero-padded to the widest. What the flat model loses is the coupling alone.
+    By form and family (`check_flattens`): gated on a gated MLP and plain on a two-matrix MLP are exact; plain on a
+    gated MLP becomes gate = A, up with weight 0 and bias 1. Layers of unequal widths are zero-padded to the widest.
+    What the flat model loses is the coupling alone.
 
     Args:
         locked: A locked model; it stays as it is.
@@ -111,12 +115,11 @@ def flattened_model(locked: PreTrainedModel) -> PreTrainedModel:
         raise SurgeryError("flatten: the model is not locked; there is nothing to flatten.")
     check_flattens(shape)
     biased = _needs_bias(shape)
-    flat = {
-        layer: _as_family(dlr.flat_weights(locked.get_submodule(shape.family.mlp.format(layer))), shape)
-        if layer in shape.ranks
-        else models.mlp_weights(locked.get_submodule(shape.family.mlp.format(layer)), shape.family)
-        for layer in range(shape.layers)
-    }
+    left = models.find_mlps(locked, shape, (i for i in range(shape.layers) if i not in shape.ranks))
+    flat = {layer: models.mlp_weights(mlp, shape.family) for layer, mlp in left.items()}
+    for layer in shape.ranks:
+        net = locked.get_submodule(shape.family.mlp.format(layer))
+        flat[layer] = _as_family(dlr.flat_weights(net), shape)
     inner = max(weights.up.shape[0] for weights in flat.values())
     values = locked.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "dlr"):
@@ -126,11 +129,10 @@ def flattened_model(locked: PreTrainedModel) -> PreTrainedModel:
         values[shape.family.bias] = True
     config = AutoConfig.for_model(shape.family.model_type, **values)
     model = _base_class(shape.family)._from_config(config, dtype=locked.dtype)
-    state = locked.state_dict()
+    state = _without_mlps(locked, shape, flat)
     for layer, weights in flat.items():
-        path = shape.family.mlp.format(layer)
-        state = {k: v for k, v in state.items() if not k.startswith(path + ".")}
-        state |= {f"{path}.{k}": v for k, v in _mlp_state(weights, shape.family, inner, biased).items()}
+        home = shape.family.home(layer)
+        state |= {f"{home}.{k}": v for k, v in _mlp_state(weights, shape.family, inner, biased).items()}
     return _finish(model, state, locked)
 
 
@@ -141,20 +143,26 @@ def check_flattens(shape: ModelShape) -> None:
         shape: The shape of a locked model.
 
     Raises:
-        SurgeryError: If the form divides per token (prenorm), or is gated where MLPs have two matrices.
+        SurgeryError: If the form divides per token (prenorm), is gated where MLPs have two matrices, or is plain
+            where they are gated and the family's configuration knows no biases in them.
     """
-    form = shapes.FORMS[shape.form]
-    if form.norm or (form.gated and not shape.family.gated):
-        why = "divides each token by its own norm" if form.norm else "has a third matrix"
+    form, family, why = shapes.FORMS[shape.form], shape.family, None
+    if form.norm:
+        why = "divides each token by its own norm"
+    elif form.gated and not family.gated:
+        why = "has a third matrix"
+    elif family.gated and not form.gated and not isinstance(family.bias, str):
+        why = "needs biases, which its config.json cannot give to an MLP,"
+    if why:
         raise SurgeryError(
-            f"--strategy flatten: the form {form.name} {why} and is no ordinary MLP of {shape.family.model_type}. "
+            f"--strategy flatten: the form {form.name} {why} and is no ordinary MLP of {family.model_type}. "
             "Regress one on it instead (undistil), or choose another --strategy."
         )
 
 
 def _base_class(family: Family) -> type[PreTrainedModel]:
     _, locked_class = models.locked_classes(family)
-    return locked_class.__mro__[1]
+    return locked_class.__bases__[-1]
 
 
 def _needs_bias(shape: ModelShape) -> bool:
@@ -179,7 +187,7 @@ def _as_family(weights: MLPWeights, shape: ModelShape) -> MLPWeights:
 def _mlp_state(weights: MLPWeights, family: Family, inner: int, biased: bool) -> dict[str, torch.Tensor]:
     """State of one base MLP of width `inner`, zero-padded; absent biases are zeros where the family has them."""
     missing = inner - weights.up.shape[0]
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for name, weight, bias, pad in (
         (family.gate, weights.gate, weights.gate_bias, (0, 0, 0, missing)),
         (family.up, weights.up, weights.up_bias, (0, 0, 0, missing)),
@@ -188,10 +196,14 @@ def _mlp_state(weights: MLPWeights, family: Family, inner: int, biased: bool) ->
         if name is None:
             continue
         padded = nn.functional.pad(weight, pad)
-        state[f"{name}.weight"] = (padded.t() if family.transposed else padded).contiguous()
-        if biased:
-            bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-            state[f"{name}.bias"] = nn.functional.pad(bias, (0, padded.shape[0] - bias.shape[0]))
+        padded_bias = nn.functional.pad(
+            weight.new_zeros(weight.shape[0]) if bias is None else bias, (0, padded.shape[0] - weight.shape[0])
+        )
+        new = {f"{name}.weight": padded.t() if family.transposed else padded} | (
+            {f"{name}.bias": padded_bias} if biased else {}
+        )
+        for key, value in new.items():  # a fused matrix comes twice: its gate rows, then its up rows
+            state[key] = torch.cat([state[key], value]) if key in state else value.contiguous()
     return state
 
 

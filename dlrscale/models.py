@@ -7,8 +7,10 @@ here without remote code.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,7 +28,7 @@ from dlrscale import shapes
 from dlrscale.config import PretrainConfig
 from dlrscale.dlr import MLPWeights
 from dlrscale.errors import ConfigError, SurgeryError
-from dlrscale.shapes import Family
+from dlrscale.shapes import Family, ModelShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -94,6 +97,28 @@ def check_weights(folder: str | Path) -> None:
         raise ConfigError(f"{folder} holds no *.safetensors weights. Fetch the model again, or convert its weights.")
 
 
+def check_generation(folder: str | Path) -> None:
+    """Refuse generation settings that transformers cannot read or would not save again at the end of a lock.
+
+    Args:
+        folder: A Hugging Face folder.
+
+    Raises:
+        ConfigError: If there are such.
+    """
+    file = Path(folder) / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            GenerationConfig.from_pretrained(str(folder), local_files_only=True).save_pretrained(place)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{file}: transformers refuses these generation settings: {' '.join(str(error).split())} "
+            "Mend the file, or remove it for the model's own defaults."
+        ) from error
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer that lies in a model folder.
 
@@ -112,40 +137,120 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"{folder} holds no tokenizer that loads: {error}") from error
 
 
-def find_mlps(model: PreTrainedModel, family: Family, layers: tuple[int, ...]) -> dict[int, nn.Module]:
+def refuse_family(config: Mapping[str, Any]) -> NoReturn:
+    """Say why a model whose `model_type` is not in the table of families cannot be locked.
+
+    The model is built without memory, so that the message can name the module that was looked at.
+
+    Args:
+        config: The content of its config.json.
+
+    Raises:
+        SurgeryError: Always.
+    """
+    try:
+        found = AutoConfig.for_model(**{**config, "model_type": str(config.get("model_type"))})
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(found)
+        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+        stack, modules = max(layers, key=_size)
+        parts = [(f"{stack}.{i}.{n}", m) for i, layer in enumerate(modules) for n, m in layer.named_children()]
+        path, part = max(parts, key=_size)
+    except Exception as error:  # whatever transformers makes of a configuration that nobody here knows
+        why = " ".join(str(error).split()).partition(". ")[0]
+        looked = f"transformers builds no causal language model of it whose layers one could look at ({why})."
+    else:
+        names = ", ".join(name for name, _ in part.named_children())
+        looked = (
+            f"looked at {path} ({type(part).__name__}: {names or 'no modules'}), the largest part of a layer; looked "
+            "for an MLP of two or three linear maps where one of the families in docs/lock.md has it."
+        ) + (" A mixture of experts is no such MLP." if "expert" in names else "")
+    raise SurgeryError(
+        f"config.json: model_type {config.get('model_type')!r} is not a family that dlrscale can lock: {looked} "
+        f"Name a model of one of these: {', '.join(shapes.FAMILIES)}."
+    )
+
+
+def _size(named: tuple[str, nn.Module]) -> int:
+    return sum(p.numel() for p in named[1].parameters())
+
+
+class InlineMLP(nn.Module):
+    """The parts of an MLP that lie in a decoder layer itself, as the one module that they are elsewhere.
+
+    Args:
+        layer: The decoder layer.
+        family: Its family's row in the table.
+    """
+
+    def __init__(self, layer: nn.Module, family: Family):
+        super().__init__()
+        for name in (family.up, family.activation_module, family.down):
+            self.add_module(name, getattr(layer, name))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The parts one after the other; x and the answer are (..., D)."""
+        for part in self.children():
+            x = part(x)
+        return x
+
+
+def find_mlps(model: PreTrainedModel, shape: ModelShape, layers: Iterable[int]) -> dict[int, nn.Module]:
     """The MLP modules of some layers.
 
     Args:
-        model: A model of the family.
-        family: The family's row in the table.
+        model: A model of the family, not locked in these layers.
+        shape: Its shape.
         layers: Indices of the layers, from 0.
 
     Returns:
         The MLP by layer.
 
     Raises:
-        SurgeryError: If a module is not where the table says, or lacks a matrix.
+        SurgeryError: If a module is not where the table says, lacks a part, or has one of another size.
     """
+    family = shape.family
     found = {}
     for layer in layers:
-        path = family.mlp.format(layer)
+        path = family.home(layer)
         try:
             mlp = model.get_submodule(path)
         except AttributeError:
             raise SurgeryError(f"{type(model).__name__} has no module {path}, where its MLP should be.") from None
-        names = [name for name in (family.gate, family.up, family.down) if name]
-        lacking = [name for name in names if not hasattr(mlp, name)]
+        lacking = [name for name in (*family.matrices, family.activation_module) if not hasattr(mlp, name)]
         if lacking:
             raise SurgeryError(
                 f"{path} ({type(mlp).__name__}) has no {', '.join(lacking)}: not an MLP of the kind that the table "
                 f"gives for {family.model_type}. Mixture-of-experts layers are not supported."
             )
-        found[layer] = mlp
+        for name in family.matrices:
+            rows, columns = (shape.width, shape.inner) if name == family.down else (shape.inner, shape.width)
+            rows *= 2 if family.fused and name == family.up else 1
+            wanted = (columns, rows) if family.transposed else (rows, columns)
+            weight = getattr(getattr(mlp, name), "weight", None)
+            if weight is None or tuple(weight.shape) != wanted:
+                raise SurgeryError(
+                    f"{path}.{name} ({type(getattr(mlp, name)).__name__}) is no linear map with a weight of shape "
+                    f"{wanted}, which config.json says. Name the folder of an unchanged {family.model_type} model."
+                )
+        found[layer] = InlineMLP(mlp, family) if family.inline else mlp
     return found
+
+
+def put_mlp(model: PreTrainedModel, family: Family, layer: int, module: nn.Module) -> None:
+    """Put a module in the place of a layer's MLP, wherever the family has it."""
+    parent, _, name = family.mlp.format(layer).rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+    if family.inline:
+        for rest in (family.activation_module, family.down):
+            setattr(model.get_submodule(parent), rest, nn.Identity())
 
 
 def mlp_weights(mlp: nn.Module, family: Family) -> MLPWeights:
     """The matrices of a base MLP in one orientation, whatever the family calls and stores them."""
+
+    def halves(tensor: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return tensor.chunk(2) if family.fused and tensor is not None else (tensor, tensor)
 
     def weight(name: str) -> torch.Tensor:
         matrix = getattr(mlp, name).weight.detach()
@@ -156,11 +261,11 @@ def mlp_weights(mlp: nn.Module, family: Family) -> MLPWeights:
         return None if value is None else value.detach()
 
     return MLPWeights(
-        gate=weight(family.gate) if family.gate else None,
-        up=weight(family.up),
+        gate=halves(weight(family.gate))[0] if family.gate else None,
+        up=halves(weight(family.up))[1],
         down=weight(family.down),
-        gate_bias=bias(family.gate) if family.gate else None,
-        up_bias=bias(family.up),
+        gate_bias=halves(bias(family.gate))[0] if family.gate else None,
+        up_bias=halves(bias(family.up))[1],
         down_bias=bias(family.down),
     )
 

@@ -58,8 +58,7 @@ def install(model: PreTrainedModel, shape: ModelShape, config: LockConfig) -> li
         SurgeryError: If an MLP is not where the table says, or the start is not defined.
     """
     layers = parse_layers(config.layers, shape.layers)
-    mlps = models.find_mlps(model, shape.family, layers)
-    model.requires_grad_(False)
+    mlps = models.find_mlps(model, shape, layers)
     ranks = resolve_ranks(config.form, shape, config.depth, config.rank)
     switches = []
     for layer, mlp in mlps.items():
@@ -77,10 +76,13 @@ def install(model: PreTrainedModel, shape: ModelShape, config: LockConfig) -> li
             warm_start(net, weights, generator)
         else:
             cold_start(net, generator)
-        switch = Switch(layer, mlp, net).eval()  # a DLR-Net has the MLP's dropout, which a teacher's student has not
-        parent, _, name = shape.family.mlp.format(layer).rpartition(".")
-        setattr(model.get_submodule(parent), name, switch)
-        switches.append(switch)
+        # A DLR-Net has the MLP's dropout, which a teacher's student has not.
+        switches.append(Switch(layer, mlp, net).eval())
+    # Nothing of the model changes before all of them are there.
+    model.requires_grad_(False)
+    for switch in switches:
+        switch.net.requires_grad_(True)
+        models.put_mlp(model, shape.family, switch.layer, switch)
     return switches
 
 

@@ -89,6 +89,49 @@ def make_gpt2():
     return make
 
 
+# What the configurations of other families need, or call differently, beside the common sizes of `make_model`.
+FAMILY_VALUES = {
+    "mistral": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "gemma": {"num_key_value_heads": 2, "head_dim": 8},
+    "phi": {},
+    "phi3": {"num_key_value_heads": 2},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": INNER, "init_std": 0.15, "dropout": 0.0},
+    "falcon": {"ffn_hidden_size": INNER},
+}
+
+
+@pytest.fixture(scope="session")
+def make_model(make_llama, make_gpt2):
+    """Factory of a tiny model of any family (D 32, F 48 or GPT-2's 64); keywords change the configuration."""
+
+    def make(family, seed=0, **changes):
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        if family in ("llama", "gpt2"):
+            return (make_llama if family == "llama" else make_gpt2)(seed, **changes)
+        values = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": WIDTH,
+            "intermediate_size": INNER,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "max_position_embeddings": LENGTH,
+            "initializer_range": 0.15,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+        }
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(family, **(values | FAMILY_VALUES[family] | changes))
+        return _spread(AutoModelForCausalLM.from_config(config), seed)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def save_base(tokenizer):
     """Write a base model and the tokenizer as a Hugging Face folder; returns the folder."""
@@ -153,11 +196,11 @@ def make_locked(start_nets, tmp_path_factory):
     """Write a locked folder of a base folder, with a manifest; keywords are those of the lock."""
 
     def make(base_folder, name="locked", dtype="fp32", **changes):
-        from dlrscale import export, models
+        from dlrscale import export, models, shapes
 
         folder = tmp_path_factory.mktemp("locked") / name
         base = models.load_model(base_folder, dtype)
-        gated = hasattr(base.config, "hidden_size") and base.config.model_type == "llama"
+        gated = shapes.find_family(base.config.to_dict()).gated
         form = changes.setdefault("form", "gated" if gated else "plain")
         nets = start_nets(base, **changes)
         export.export_locked(base_folder, folder, dtype, form, nets, manifest(form, nets))

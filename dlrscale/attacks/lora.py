@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dlrscale import export
 from dlrscale.shapes import ModelShape
@@ -17,7 +18,7 @@ def linear_names(model: PreTrainedModel, shape: ModelShape, attention_only: bool
     head = model.get_output_embeddings()
     names = []
     for name, module in model.named_modules():
-        if module is head or type(module).__name__ not in ("Linear", "Conv1D"):
+        if module is head or not isinstance(module, (nn.Linear, Conv1D)):
             continue
         if not attention_only or any(name.endswith("." + part) for part in shape.family.attention):
             names.append(name)

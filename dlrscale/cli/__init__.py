@@ -114,6 +114,7 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     from dlrscale.cli.run import execute, inside_launch, resolve, run_rank
     from dlrscale.config import LockConfig
 
+    check_family(options["model"])
     shape = shapes.model_shape(shapes.read_config(options["model"]))
     options["form"] = options["form"] or ("gated" if shape.family.gated else "plain")
     if options["start"] is None:
@@ -186,6 +187,19 @@ def attack(
         click.echo(report.summary_table(records))
 
 
+def check_family(folder: str) -> None:
+    """Refuse a model of a family that is not in the table, naming the module that was looked at."""
+    from dlrscale import shapes
+
+    config = shapes.read_config(folder)
+    try:
+        shapes.find_family(config)
+    except ConfigError:
+        from dlrscale import models
+
+        models.refuse_family(config)
+
+
 def attack_configs(options: dict[str, Any], base: str | None, strategy: str, knobs: tuple[str, ...]) -> list[Any]:
     """The configurations of an attack: of the base model, if given, and of the model itself."""
     from dlrscale import config as configuration
@@ -198,7 +212,7 @@ def attack_configs(options: dict[str, Any], base: str | None, strategy: str, kno
     levers = choose_levers(entry, options)
     shared = options | {"strategy": strategy, "knobs": entry.resolve_knobs(pairs)}
     for folder in filter(None, (options["model"], base)):
-        shapes.find_family(shapes.read_config(folder))
+        check_family(folder)
     manifest = export.read_manifest(options["model"])
     if manifest is None and shapes.model_shape(shapes.read_config(options["model"])).locked:
         raise ConfigError(

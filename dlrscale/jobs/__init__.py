@@ -62,6 +62,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     if isinstance(config, LockConfig):
         if shape.locked:
             raise ConfigError(f"--model {config.model} is locked already. Name the base model's folder.")
+        models.check_generation(config.model)
         shapes.resolve_ranks(config.form, shape, config.depth, config.rank)
         shapes.parse_layers(config.layers, shape.layers)
         start_on = shapes.FORMS[config.form].start_on
@@ -71,6 +72,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
                 f"{shape.kind}. Take --start cold."
             )
     elif shape.locked and catalogue.strategy(config.strategy).transform == "flatten":
+        models.check_generation(config.model)
         export.check_flattens(shape)
     load_corpora(config, models.load_tokenizer(config.model))
     return merged

@@ -132,8 +132,15 @@ def transform(run_: Run, name: str, folder: Path) -> Path:
 
 
 def mlp_parts(model: nn.Module, shape: shapes.ModelShape) -> dict[str, nn.Module]:
-    """The MLP or DLR-Net of every layer by its index, also inside peft's wrapper."""
-    paths = {shape.family.mlp.format(layer): str(layer) for layer in range(shape.layers)}
+    """The MLP or DLR-Net of every layer by its index, also inside peft's wrapper.
+
+    Where a family has no MLP module, its parts are listed one by one as `<layer>.<name>`.
+    """
+    family = shape.family
+    paths = {family.mlp.format(layer): str(layer) for layer in range(shape.layers)}
+    if family.inline:
+        rest = (family.activation_module, family.down)
+        paths |= {f"{family.home(i)}.{name}": f"{i}.{name}" for i in range(shape.layers) for name in rest}
     return {
         label: module
         for name, module in model.named_modules()
@@ -145,10 +152,11 @@ def mlp_parts(model: nn.Module, shape: shapes.ModelShape) -> dict[str, nn.Module
 def saved_formula(config: AttackConfig, shape: shapes.ModelShape, entry: catalogue.Strategy) -> dict[str, float]:
     """Derived bytes per token saved by all MLP parts, for strategies that keep them.
 
-    Left out where layers are checkpointed, where adapters sit inside the MLPs, and where the family's dropout
-    is on: its mask's size depends on the device.
+    Left out where layers are checkpointed, where adapters sit inside the MLPs, and where a dropout is on, in the
+    MLPs (its mask's size depends on the device) or before adapters that would keep the MLP's own input.
     """
-    if config.activation_checkpointing != "none" or entry.trainable == "lora" or shape.dropout:
+    dropout = shape.dropout or (shape.shared_input and config.knobs.get("dropout"))
+    if config.activation_checkpointing != "none" or entry.trainable == "lora" or dropout:
         return {}
     trainable = entry.trainable == "all"
     total = sum(shapes.saved_bytes(shape, i, DTYPE_BYTES[config.dtype], trainable) for i in range(shape.layers))

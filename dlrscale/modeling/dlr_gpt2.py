@@ -1,10 +1,8 @@
 """A GPT-2 whose MLPs are DLR-Nets. `config.dlr` holds the form and the ranks of each locked layer."""
 
-import torch
-from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from .dlr_net import DLRNet
+from .dlr_net import DLRNet, Locked, locked_layers
 
 
 class DLRGPT2Config(GPT2Config):
@@ -14,7 +12,7 @@ class DLRGPT2Config(GPT2Config):
     dlr: dict | None = None
 
 
-class DLRGPT2ForCausalLM(GPT2LMHeadModel):
+class DLRGPT2ForCausalLM(Locked, GPT2LMHeadModel):
     """GPT2LMHeadModel with a DLR-Net as the MLP of every layer that `config.dlr` names."""
 
     config_class = DLRGPT2Config
@@ -22,16 +20,7 @@ class DLRGPT2ForCausalLM(GPT2LMHeadModel):
 
     def __init__(self, config: DLRGPT2Config):
         super().__init__(config)
-        for index, ranks in (config.dlr or {"ranks": {}})["ranks"].items():
-            layer = self.transformer.h[int(index)]
-            layer.mlp = DLRNet(
-                config.n_embd, ranks, config.dlr["form"], layer.mlp.act, bias=True, dropout=config.resid_pdrop
-            )
+        for index, ranks, form in locked_layers(config):
+            layer = self.transformer.h[index]
+            layer.mlp = DLRNet(config.n_embd, ranks, form, layer.mlp.act, bias=True, dropout=config.resid_pdrop)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, DLRNet):
-            nn.init.zeros_(module.b)
-            nn.init.zeros_(module.bias)

@@ -9,7 +9,7 @@ known to us.
 Shapes: x (..., D); A_k (R_k, D), or (2 R_k, D) in the gated form; B_k (D, R_k); b a scalar without a unit.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -92,3 +92,21 @@ class DLRNet(nn.Module):
         if self.bias is not None:
             d = d + self.bias
         return d if self.dropout is None else self.dropout(d)
+
+
+def locked_layers(config) -> Iterator[tuple[int, list[int], str]]:
+    """Index, ranks and form of each locked layer that a model's configuration names in `dlr`."""
+    for index, ranks in (config.dlr or {"ranks": {}})["ranks"].items():
+        yield int(index), ranks, config.dlr["form"]
+
+
+class Locked:
+    """Goes in front of a model's class: tells transformers how a DLR-Net's own tensors start where no file has them."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DLRNet):
+            nn.init.zeros_(module.b)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -293,7 +293,7 @@ def test_a_locked_model_cannot_be_locked(call, place, locked_folder):
 def test_an_unknown_family(call, place, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text('{"model_type": "mamba"}')
-    refuse(call, place[0], lock_line(place, tmp_path / "m"), "'mamba'", "llama, mistral", "(MambaBlock)")
+    refuse(call, place[0], lock_line(place, tmp_path / "m"), "'mamba'", "(MambaMixer: ", "llama, mistral")
     refuse(call, place[0], attack_line(place, tmp_path / "m", "--strategy", "full"), "'mamba'")
 
 

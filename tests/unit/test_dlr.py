@@ -23,8 +23,8 @@ def randn(*shape, seed=0):
 
 def net_of(model, ranks, form=None):
     """The first MLP of a model, its family, and a warm DLR-Net of the given ranks."""
-    family = shapes.find_family(model.config.to_dict())
-    mlp = models.find_mlps(model, family, (0,))[0]
+    shape = shapes.model_shape(model.config.to_dict())
+    family, mlp = shape.family, models.find_mlps(model, shape, (0,))[0]
     weights = models.mlp_weights(mlp, family)
     form = form or ("gated" if family.gated else "plain")
     activation = getattr(mlp, family.activation_module)

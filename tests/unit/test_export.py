@@ -26,9 +26,13 @@ CASES = {
 }
 # Those that a process without dlrscale loads: tied and untied, both families, both precisions, all forms.
 REMOTE_CASES = ("llama-tied", "llama-bf16", "gpt2")
+# What a folder may be called: dots, hyphens, a digit in front, a blank, letters beyond ASCII.
+NAMES = ("tiny-v1.5", "7b", "a b", "x--y", "été")
+# A generation config that transformers loads with a warning, and once refused to save.
+GENERATION = {"do_sample": False, "temperature": 0.9, "eos_token_id": 1, "pad_token_id": 2}
 
 REMOTE = """
-import contextlib, io, json, shutil, sys, warnings
+import contextlib, io, json, os, shutil, sys, warnings
 warnings.simplefilter("ignore")
 
 class Block:
@@ -41,7 +45,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft import LoraConfig, get_peft_model
 
-cases = json.loads(sys.argv[1])
+cases, families, names = map(json.loads, sys.argv[1:])
 found = {}
 for name, (folder, scratch) in cases.items():
     saved = torch.load(folder + ".pt")
@@ -58,11 +62,14 @@ for name, (folder, scratch) in cases.items():
         )
         row["generates"] = bool(torch.equal(cached, plain)) and cached.shape == (2, 17)
         row["tokenizer"] = AutoTokenizer.from_pretrained(folder)("the fox").input_ids
-        copy = scratch + "/copy"
-        model.save_pretrained(copy)
+        first, copy = scratch + "/first copy", scratch + "/copy"
+        model.save_pretrained(first)
+        load(first).save_pretrained(copy)
+        shutil.rmtree(first)
         config = json.load(open(copy + "/config.json"))
         row["auto_map"] = config.get("auto_map")
-    moved = scratch + "/moved"
+        row["generation"] = json.load(open(copy + "/generation_config.json"))
+    moved, last, right = scratch + "/moved", ids, expected
     shutil.copytree(folder, moved)
     shutil.rmtree(folder)  # the copy must not lean on the first folder
     with torch.no_grad():
@@ -81,6 +88,35 @@ for name, (folder, scratch) in cases.items():
             again = load(scratch + "/merged")(ids).logits
             row["merged " + targets[0]] = torch.equal(again, merged.eval()(ids).logits)
         shutil.rmtree(scratch + "/merged")
+
+for name, folder in families.items():
+    saved = torch.load(folder + ".pt")
+    ids = saved["ids"]
+    with torch.no_grad():
+        model = load(folder)
+        cached, plain = (
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, use_cache=c)
+            for c in (True, False)
+        )
+        found["family " + name] = {
+            "class": type(model).__name__,
+            "bitwise": torch.equal(model(ids).logits, saved["logits"]),
+            "generates": bool(torch.equal(cached, plain)) and cached.shape == (2, 13),
+            "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+            "tokenizer": AutoTokenizer.from_pretrained(folder)("the fox").input_ids,
+        }
+
+found["names"] = {}
+root = os.getcwd()
+for name in names:
+    shutil.copytree(moved, name)
+    os.symlink(name, "link to " + name)
+    for place in (os.path.join(root, name), "./" + name, name + "/", "link to " + name, "."):
+        if place == ".":
+            os.chdir(name)
+        with torch.no_grad():
+            found["names"][name + " by " + place.replace(root, "root")] = torch.equal(load(place)(last).logits, right)
+        os.chdir(root)
 
 for flag in (None, False):
     said = io.StringIO()
@@ -102,6 +138,8 @@ def locked(make_llama, make_gpt2, save_base, make_locked, tmp_path_factory):
         base = make_llama(**changes) if family == "llama" else make_gpt2(**changes)
         base = base.to(models.DTYPES[dtype])
         folder = save_base(base, tmp_path_factory.mktemp("bases") / name)
+        if name == "llama-tied":
+            (folder / "generation_config.json").write_text(json.dumps(GENERATION))
         made[name] = make_locked(folder, name, dtype, **options)
     return made
 
@@ -117,7 +155,18 @@ def logits(model):
 
 
 @pytest.fixture(scope="module")
-def remote(locked, tmp_path_factory):
+def families(make_model, save_base, make_locked, tmp_path_factory):
+    """A locked folder of every family, the first of its two layers left as it was."""
+    made = {}
+    for family in shapes.FAMILIES:
+        folder = save_base(make_model(family), tmp_path_factory.mktemp("bases") / family)
+        made[family] = make_locked(folder, family, layers="1")
+        torch.save({"ids": IDS, "logits": logits(models.load_model(made[family]))}, f"{made[family]}.pt")
+    return made
+
+
+@pytest.fixture(scope="module")
+def remote(locked, families, tmp_path_factory):
     """What a process without dlrscale finds in copies of the folders."""
     import shutil
 
@@ -130,7 +179,8 @@ def remote(locked, tmp_path_factory):
         (scratch / f"{name}-scratch").mkdir()
         cases[name] = (str(copy), str(scratch / f"{name}-scratch"))
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(REMOTE), json.dumps(cases)],
+        [sys.executable, "-c", textwrap.dedent(REMOTE), json.dumps(cases),
+         json.dumps({name: str(folder) for name, folder in families.items()}), json.dumps(NAMES)],
         cwd=scratch, env=environment(scratch), capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -173,6 +223,43 @@ def test_without_dlrscale_it_takes_lora(remote, name):
     for target in (attention, "a_proj"):
         assert row[f"lora gradient {target}"]
         assert row[f"merged {target}"]
+
+
+@pytest.mark.parametrize("family", shapes.FAMILIES)
+def test_without_dlrscale_every_family_loads_and_generates(remote, family, tokenizer, make_model):
+    row = remote[f"family {family}"]
+    assert row["bitwise"]
+    assert row["generates"]
+    assert row["class"] == models.locked_classes(shapes.FAMILIES[family])[1].__name__
+    assert row["tied"] == make_model(family).config.tie_word_embeddings
+    assert row["tokenizer"] == tokenizer("the fox").input_ids
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_may_be_called_anything(remote, name):
+    """By absolute path, ./x, with a slash at the end, by a link, and as "." from inside."""
+    found = {k: v for k, v in remote["names"].items() if k.startswith(name + " by ")}
+    assert len(found) == 5
+    assert all(found.values()), found
+
+
+def test_generation_settings_that_only_warn_are_kept(remote):
+    """Through the lock and two copies that were saved without dlrscale."""
+    assert GENERATION.items() <= remote["llama-tied"]["generation"].items()
+
+
+def test_generation_settings_that_do_not_load_are_found_before_the_lock(make_llama, save_base, tmp_path):
+    models.check_generation(tmp_path)  # none is none
+    save_base(make_llama(), tmp_path / "m")
+    file = tmp_path / "m" / "generation_config.json"
+    for bad in ({"num_return_sequences": 3}, {"early_stopping": "x"}, ["x"], None):
+        file.write_text(json.dumps(bad) if bad else "{")
+        with pytest.raises(ConfigError) as error:
+            models.check_generation(tmp_path / "m")
+        assert str(file) in str(error.value)
+        assert "\n" not in str(error.value)
+    file.write_text(json.dumps(GENERATION))
+    models.check_generation(tmp_path / "m")
 
 
 def test_without_dlrscale_the_tokenizer_is_the_bases(remote, tokenizer):

@@ -183,8 +183,8 @@ def test_a_refused_install_changes_nothing(make_llama, lock_config):
 def test_mlp_weights_are_in_one_orientation(make_llama, make_gpt2):
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     for model, activation in ((make_llama(), F.silu), (make_gpt2(), lambda v: F.gelu(v, approximate="tanh"))):
-        family = shapes.find_family(model.config.to_dict())
-        mlp = models.find_mlps(model, family, (1,))[1]
+        shape = shapes.model_shape(model.config.to_dict())
+        family, mlp = shape.family, models.find_mlps(model, shape, (1,))[1]
         w = models.mlp_weights(mlp, family)
         w = SimpleNamespace(**{k: 0.0 if v is None else v for k, v in vars(w).items()})
         up = x @ w.up.T + w.up_bias

@@ -1,4 +1,4 @@
-"""Shapes without tensors: the tables of model families and of DLR-Net forms, and what follows from them.
+"""Shapes without tensors: the tables of model families (families.py) and of DLR-Net forms, and what follows.
 
 Legend: D model width, F inner width of an MLP, R rank of one block, K blocks of one DLR-Net, N layers.
 Everything here is exact integer arithmetic on a Hugging Face `config.json`.
@@ -13,85 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dlrscale.errors import ConfigError, SurgeryError
+from dlrscale.shapes.families import FAMILIES, Family, find_family, mlp_bias, wiring
 
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """One row of the table of model families: where its MLPs are, and what they are.
-
-    `up`, `gate` and `down` name the matrices inside an MLP; `gate` is None where the MLP has two matrices.
-    `transposed` says that weights are stored as (in, out), as GPT-2's Conv1D does.
-    """
-
-    model_type: str
-    mlp: str
-    attention: tuple[str, ...]
-    gate: str | None
-    up: str
-    down: str
-    activation_module: str
-    layers: str
-    width: str
-    inner: str
-    activation: str
-    default_activation: str
-    bias: str | bool
-    dropout: str | None
-    transposed: bool
-    class_prefix: str
-
-    @property
-    def gated(self) -> bool:
-        """Whether the base MLP is SwiGLU-like: down(s(gate(x)) * up(x))."""
-        return self.gate is not None
-
-    @property
-    def locked_model_type(self) -> str:
-        """The `model_type` of a locked model of this family."""
-        return f"dlr_{self.model_type}"
-
-
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family(
-            model_type="llama",
-            mlp="model.layers.{}.mlp",
-            attention=("q_proj", "k_proj", "v_proj", "o_proj"),
-            gate="gate_proj",
-            up="up_proj",
-            down="down_proj",
-            activation_module="act_fn",
-            layers="num_hidden_layers",
-            width="hidden_size",
-            inner="intermediate_size",
-            activation="hidden_act",
-            default_activation="silu",
-            bias="mlp_bias",
-            dropout=None,
-            transposed=False,
-            class_prefix="DLRLlama",
-        ),
-        Family(
-            model_type="gpt2",
-            mlp="transformer.h.{}.mlp",
-            attention=("attn.c_attn", "attn.c_proj"),
-            gate=None,
-            up="c_fc",
-            down="c_proj",
-            activation_module="act",
-            layers="n_layer",
-            width="n_embd",
-            inner="n_inner",
-            activation="activation_function",
-            default_activation="gelu_new",
-            bias=True,
-            dropout="resid_pdrop",
-            transposed=True,
-            class_prefix="DLRGPT2",
-        ),
-    )
-}
+__all__ = ["FAMILIES", "Family", "find_family"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +50,14 @@ FORMS: dict[str, Form] = {
 # Elements per inner unit that an activation saves for backward beyond what its neighbours save already:
 # (its own saved tensors when everything is trainable, the same when the factors are frozen). SiLU and GELU
 # save their input. ReLU saves its output, which the next linear saves too. GPT-2's gelu_new is written in
-# five operations: x, x/2, tanh and 1 + tanh are saved.
+# five operations: x, x/2, tanh and 1 + tanh are saved; GPT-NeoX's gelu_fast in more.
 ACTIVATION_SAVES: dict[str, tuple[int, int]] = {
     "silu": (1, 1),
     "gelu": (1, 1),
     "gelu_pytorch_tanh": (1, 1),
     "relu": (0, 1),
     "gelu_new": (4, 4),
+    "gelu_fast": (7, 7),
 }
 ACTIVATION_ALIASES = {"swish": "silu"}
 
@@ -152,6 +77,8 @@ class ModelShape:
     mlp_bias: bool
     dropout: float
     max_length: int | None
+    parallel: bool = False  # the MLP runs beside its layer's attention
+    shared_input: bool = False  # both read one tensor
     form: str | None = None
     ranks: dict[int, tuple[int, ...]] | None = None
 
@@ -209,28 +136,6 @@ def _near_names(path: Path) -> str:
     return f" (near: {near[0]})" if near else ""
 
 
-def find_family(config: Mapping[str, Any]) -> Family:
-    """The row of a configuration's `model_type`, locked or not.
-
-    Args:
-        config: The content of a config.json.
-
-    Returns:
-        The family.
-
-    Raises:
-        SurgeryError: If the family is not in the table.
-    """
-    model_type = str(config.get("model_type"))
-    family = FAMILIES.get(model_type.removeprefix("dlr_"))
-    if family is None:
-        raise SurgeryError(
-            f"model_type {model_type!r} (config.json) is not a family that dlrscale can lock: its MLPs are not in "
-            f"the table of families. Known: {', '.join(FAMILIES)}."
-        )
-    return family
-
-
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
     """Read the shape of a model from its Hugging Face configuration.
 
@@ -241,21 +146,28 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         The shape; `form` and `ranks` are None for a base model.
 
     Raises:
-        SurgeryError: If the family or the activation is unknown, or a size is missing.
+        SurgeryError: If the family or the activation is unknown, a size is missing, or layers are left out by chance.
     """
     family = find_family(config)
-    missing = [key for key in (family.layers, family.width) if not isinstance(config.get(key), int)]
+    sizes = [family.layers, family.width] + ([] if family.inner_default else [family.inner])
+    missing = [key for key in sizes if not isinstance(config.get(key), int)]
     if missing:
         raise SurgeryError(f"config.json of a {family.model_type} model lacks {', '.join(missing)}.")
     width = config[family.width]
+    if config.get("layerdrop"):
+        raise SurgeryError(
+            f"config.json: layerdrop {config['layerdrop']} leaves out layers by chance while training, other ones on "
+            "each rank. Set it to 0."
+        )
     activation = str(config.get(family.activation) or family.default_activation)
-    activation = ACTIVATION_ALIASES.get(activation, activation)
+    activation = (ACTIVATION_ALIASES | dict(family.activation_renames)).get(activation, activation)
     if activation not in ACTIVATION_SAVES:
         raise SurgeryError(
             f"config.json: {family.activation} {activation!r} is not in the table of activations "
             f"({', '.join(ACTIVATION_SAVES)})."
         )
     dlr = config.get("dlr")
+    parallel, shared_input = wiring(config)
     return ModelShape(
         family=family,
         locked=str(config["model_type"]).startswith("dlr_"),
@@ -263,11 +175,13 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         width=width,
         inner=config.get(family.inner) or 4 * width,
         vocabulary=int(config.get("vocab_size", 0)),
-        tied=bool(config.get("tie_word_embeddings", family.model_type == "gpt2")),
+        tied=bool(config.get("tie_word_embeddings", family.tied)),
         activation=activation,
-        mlp_bias=family.bias if isinstance(family.bias, bool) else bool(config.get(family.bias, False)),
+        mlp_bias=mlp_bias(family, config),
         dropout=float(config.get(family.dropout, 0.1)) if family.dropout else 0.0,
-        max_length=config.get("max_position_embeddings") or config.get("n_positions"),
+        max_length=None if config.get("alibi") else config.get(family.positions),  # Falcon's ALiBi has no limit
+        parallel=parallel,
+        shared_input=shared_input,
         form=dlr["form"] if dlr else None,
         ranks={int(i): tuple(r) for i, r in dlr["ranks"].items()} if dlr else None,
     )
@@ -322,17 +236,20 @@ def param_ratio(form: str, shape: ModelShape, ranks: Sequence[int]) -> float:
     return dlr_params(form, shape.width, ranks, shape.mlp_bias) / shape.mlp_params
 
 
-def mlp_saved_elements(gated: bool, width: int, inner: int, activation: str, trainable: bool = True) -> int:
+def mlp_saved_elements(
+    gated: bool, width: int, inner: int, activation: str, trainable: bool = True, fused: bool = False
+) -> int:
     """Elements per token that eager autograd saves for a base MLP.
 
     Two-matrix MLP, trainable: the input of both linears (D + F) and what the activation saves, D + 2F for
     SiLU or GELU; frozen: the activation's own, F. Gated: besides, s(gate) and up for the product; D + 4F
-    and 3F. The input x counts: nobody else saves it.
+    and 3F. The input x counts, as if nobody else saved it. With gate and up in one fused matrix their output is
+    one storage of 2F, which is kept whole even where the activation does not need its half (ReLU).
     """
     own = ACTIVATION_SAVES[activation][0 if trainable else 1]
     if not gated:
         return width + (1 + own) * inner if trainable else own * inner
-    product = 2 + (own if activation != "relu" else 0)
+    product = 3 + own - 1 if activation != "relu" else (3 if fused else 2)
     return width + (1 + product) * inner if trainable else product * inner
 
 
@@ -363,13 +280,24 @@ def saved_bytes(shape: ModelShape, layer: int, dtype_bytes: int, trainable: bool
     """Bytes per token saved for the MLP part of one layer, base MLP or DLR-Net, without a dropout's mask.
 
     All elements are of the model's dtype, but for the norm of a token in each prenorm block, which is fp32.
+    Where the attention reads the same x as the MLP, x is the attention's, which is trained too and runs first.
+    Frozen, with adapters on the attention: where the MLP runs beside it, no gradient passes through the first one.
     """
+    if shape.parallel and layer == 0 and not trainable:
+        return 0
     if not shape.ranks or layer not in shape.ranks:
-        elements = mlp_saved_elements(shape.family.gated, shape.width, shape.inner, shape.activation, trainable)
-        return elements * dtype_bytes
-    ranks = shape.ranks[layer]
-    elements = dlr_saved_elements(shape.form, shape.width, ranks, shape.activation, trainable)
-    wide = len(ranks) if FORMS[shape.form].norm else 0
+        family = shape.family
+        elements = mlp_saved_elements(
+            family.gated, shape.width, shape.inner, shape.activation, trainable, fused=family.fused
+        )
+        keeps_input, wide = trainable, 0
+    else:
+        ranks = shape.ranks[layer]
+        elements = dlr_saved_elements(shape.form, shape.width, ranks, shape.activation, trainable)
+        norm = FORMS[shape.form].norm
+        keeps_input, wide = trainable or norm, len(ranks) if norm else 0
+    if shape.shared_input and keeps_input:
+        elements -= shape.width
     return elements * dtype_bytes + wide * (4 - dtype_bytes)
 
 

@@ -110,10 +110,11 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     dlrscale lock --model ./base --data corpus.jsonl --num-ranks 8 --zero 3 --offload-optimizer --dry-run
     deepspeed launch/lock.py --model ./base --data corpus.txt --deepspeed_config ds_configs/zero2.json
     """
-    from dlrscale import shapes
+    from dlrscale import folders, shapes
     from dlrscale.cli.run import execute, inside_launch, resolve, run_rank
     from dlrscale.config import LockConfig
 
+    options["model"] = str(folders.find_model(options["model"]))
     shape = shapes.model_shape(shapes.read_config(options["model"]))
     options["form"] = options["form"] or ("gated" if shape.family.gated else "plain")
     if options["start"] is None:
@@ -188,17 +189,20 @@ def attack(
 def attack_configs(options: dict[str, Any], base: str | None, strategy: str, knobs: tuple[str, ...]) -> list[Any]:
     """The configurations of an attack: of the base model, if given, and of the model itself."""
     from dlrscale import config as configuration
-    from dlrscale import export, shapes
+    from dlrscale import folders, models, shapes
     from dlrscale.cli.run import choose_levers, resolve
     from dlrscale.config import AttackConfig
 
     entry = catalogue.strategy(strategy)
     pairs = dict(knob.partition("=")[::2] for knob in knobs)
     levers = choose_levers(entry, options)
+    options = options | {"model": str(folders.find_model(options["model"]))}
     shared = options | {"strategy": strategy, "knobs": entry.resolve_knobs(pairs)}
+    base = base and str(folders.find_model(base, "--base"))
     for folder in filter(None, (options["model"], base)):
         shapes.find_family(shapes.read_config(folder))
-    manifest = export.read_manifest(options["model"])
+        models.check_folder(folder)
+    manifest = folders.read_manifest(options["model"])
     if manifest is None and shapes.model_shape(shapes.read_config(options["model"])).locked:
         raise ConfigError(
             f"--model {options['model']} is locked, but has no lock.json. Copy it from the lock's own folder."

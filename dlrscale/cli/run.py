@@ -59,13 +59,14 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     Raises:
         ConfigError: If something is wrong or contradicts the DeepSpeed file.
     """
-    from dlrscale import data, engine, shapes, tracking
+    from dlrscale import data, engine, folders, shapes, tracking
 
     values = {k: v for k, v in options_.items() if k not in ("dry_run", "local_rank")}
-    for key in ("model", "data", "heldout", "heldout_base", "out", "deepspeed_config", "hostfile"):
+    for key in ("data", "heldout", "heldout_base", "out", "deepspeed_config", "hostfile"):
         if key in values:
             values[key] = absolute(values[key])
-    if values.get("model"):
+    if "model" in values:
+        values["model"] = str(folders.find_model(values["model"]))
         shapes.read_config(values["model"])
     values["columns"] = parse_columns(values.get("columns"))
     values |= dataclasses.asdict(levers)

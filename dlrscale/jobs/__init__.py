@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dlrscale import catalogue, engine, export, launcher, models, record, shapes
+from dlrscale import catalogue, engine, export, folders, launcher, models, record, shapes
 from dlrscale import config as configuration
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
@@ -51,7 +51,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     if isinstance(config, PretrainConfig):
         return merged
     shape = shapes.model_shape(shapes.read_config(config.model))
-    models.check_weights(config.model)
+    models.check_folder(config.model)
     if shape.max_length and config.seq_len > shape.max_length:
         raise ConfigError(f"--seq-len {config.seq_len}: {config.model} takes at most {shape.max_length} tokens.")
     if isinstance(config, LockConfig):
@@ -137,7 +137,7 @@ def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_i
     settings = dataclasses.asdict(config)
     side = None
     if isinstance(config, AttackConfig):
-        manifest = export.read_manifest(config.model)
+        manifest = folders.read_manifest(config.model)
         side = "locked" if manifest else "base"
         settings |= {"axes": config.axes, "lock": None}
         if manifest:
@@ -150,7 +150,7 @@ def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_i
     for key in ("model", "data", "heldout", "heldout_base"):
         if settings.get(key):
             settings[f"{key}_digest"] = configuration.digest(settings[key])
-            settings[key] = settings[key] if settings[key].startswith("embedded:") else Path(settings[key]).name
+            settings[key] = folders.shown_name(settings[key])
     for key in (
         "out",
         "deepspeed_config",

@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from dlrscale import __version__, catalogue
+from dlrscale import __version__, catalogue, launcher
 from dlrscale.cli.options import DATA_OPTIONS, ENGINE_OPTIONS, PATH, RUN_OPTIONS, TRAIN_OPTIONS
-from dlrscale.errors import ConfigError, DlrscaleError, JobError
+from dlrscale.errors import ConfigError, DlrscaleError, JobError, describe
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -35,6 +35,7 @@ def dlrscale() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command; errors that are written for people end in one message and their exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    os.environ.update(launcher.usable_home())
     debug = "--debug" in argv  # anywhere, also behind the command's name
     argv = [word for word in argv if word != "--debug"]
     try:
@@ -54,6 +55,12 @@ def main(argv: list[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         _say(str(error))
+    except Exception as error:
+        message = describe(error)
+        if debug or message is None:
+            raise
+        code = JobError.exit_code
+        _say(message)
     sys.exit(code)
 
 

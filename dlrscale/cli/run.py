@@ -14,7 +14,7 @@ import click
 from dlrscale import catalogue, launcher, record
 from dlrscale import config as configuration
 from dlrscale.config import LockConfig, RunConfig
-from dlrscale.errors import ConfigError, JobError
+from dlrscale.errors import ConfigError, JobError, describe
 from dlrscale.record import Outcome
 
 
@@ -243,7 +243,8 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
                 "started": record.now(),
                 "metrics": {},
                 "phases": {},
-                "error": f"the ranks ended (launcher exit code {code}) and left no record; see {out}/ranks.log",
+                "error": describe(RuntimeError(launcher.tail(out / "ranks.log")), out)
+                or f"the ranks ended (launcher exit code {code}) and left no record; see {out}/ranks.log",
             }
             record.append_line(out / record.RECORDS_FILE, entry)
         entry = last_record(config)

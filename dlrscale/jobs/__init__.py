@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -17,6 +18,7 @@ from dlrscale import catalogue, engine, export, folders, launcher, models, recor
 from dlrscale import config as configuration
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
+from dlrscale.errors import describe as describe_error
 from dlrscale.jobs.attack import attack
 from dlrscale.jobs.common import MODEL_FOLDER, Run, load_corpora
 from dlrscale.jobs.lock import lock
@@ -106,12 +108,15 @@ def run(config: RunConfig, make_sink: Callable[[RunConfig, dict[str, Any]], Any]
     except ConfigError as reason:
         outcome, error, code = Outcome.FAILED, str(reason), launcher.EXIT_CONFIG
     except Exception as reason:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+            traceback.print_exc()
         if is_out_of_memory(reason):
             outcome, code = Outcome.OOM, launcher.EXIT_OOM
         else:
             outcome, code = Outcome.FAILED, launcher.EXIT_FAILED
-        error = f"rank {rank}: {type(reason).__name__}: {reason}"
+        error = describe_error(reason, job.out) or f"rank {rank}: {type(reason).__name__}: {reason}"
+        for left in (job.out / "checkpoints").glob("tmp-*"):  # on a full disk, the room is for the record
+            shutil.rmtree(left, ignore_errors=True)
     job.metrics |= job.phases.peaks()
     entry |= {
         "outcome": outcome.value,

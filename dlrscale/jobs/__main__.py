@@ -1,11 +1,15 @@
 """The file that the launch line names: `deepspeed ... dlrscale/jobs/__main__.py '<configuration as JSON>'`."""
 
+import os
 import sys
+from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # the script's own folder, whose modules must not hide others of the same name
+    # Not the script's own folder, whose modules would hide others of the same name, but that of the package.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from dlrscale import config, jobs
+from dlrscale import config, jobs, launcher
 
 if __name__ == "__main__":
+    os.environ.update(launcher.usable_home())
     sys.exit(jobs.run(config.from_json(sys.argv[1]), jobs.make_tracker))

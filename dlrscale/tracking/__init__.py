@@ -5,7 +5,7 @@ A store that is away, slow or broken costs one warning and nothing else.
 """
 
 from dlrscale.tracking.pages import serve
-from dlrscale.tracking.store import default_uri, prepare, resolve, sqlite_path
+from dlrscale.tracking.store import default_uri, prepare, resolve, shown, silence, sqlite_path
 from dlrscale.tracking.tracker import Tracker
 
-__all__ = ["Tracker", "default_uri", "prepare", "resolve", "serve", "sqlite_path"]
+__all__ = ["Tracker", "default_uri", "prepare", "resolve", "serve", "shown", "silence", "sqlite_path"]

@@ -109,18 +109,25 @@ def prepare(uri: str) -> None:
             say(warning(uri, error))
 
 
-def _ask_server(uri: str, timeout_s: float = 3.0) -> None:
+def _ask_server(uri: str) -> None:
     """Ask a tracking server for its health, and warn when it does not answer."""
+    if reason := silence(uri):
+        say(
+            f"warning: no MLflow server answers at {shown(uri)} ({reason}). "
+            "The run goes on; its records will be complete, and a mirror can be rebuilt from them."
+        )
+
+
+def silence(uri: str, timeout_s: float = 3.0) -> str | None:
+    """Why a tracking server does not answer, or None if it does."""
     try:
         opener = urllib_request.build_opener()
         opener.open(uri.rstrip("/") + "/health", timeout=timeout_s).close()
     except urllib_error.HTTPError:
-        return  # an answer, and the server may want a login first
+        return None  # an answer, and the server may want a login first
     except Exception as error:
-        say(
-            f"warning: no MLflow server answers at {shown(uri)} ({first_line(error)}). "
-            "The run goes on; its records will be complete, and a mirror can be rebuilt from them."
-        )
+        return first_line(error)
+    return None
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -116,20 +117,29 @@ def usable_home() -> dict[str, str]:
         What to add to the environment; empty where all is well.
     """
     home = os.path.expanduser("~")
-    spare = os.path.join(tempfile.gettempdir(), f"dlrscale-{os.getuid()}")
     if home == "~":  # neither HOME nor an entry of the user
-        os.makedirs(spare, mode=0o700, exist_ok=True)
-        return {"HOME": spare}
+        return {"HOME": _spare_folder()}
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache"))
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
         return {}
+    spare = _spare_folder()
     found = {"XDG_CACHE_HOME": spare, "TRITON_HOME": spare, "MPLCONFIGDIR": os.path.join(spare, "matplotlib")}
     if (cache / "huggingface").is_dir():
         found["HF_HOME"] = str(cache / "huggingface")
-    found = {key: value for key, value in found.items() if key == "XDG_CACHE_HOME" or key not in os.environ}
-    os.makedirs(found.get("MPLCONFIGDIR", spare), mode=0o700, exist_ok=True)
-    return found
+    os.makedirs(found["MPLCONFIGDIR"], exist_ok=True)
+    return {key: value for key, value in found.items() if key == "XDG_CACHE_HOME" or key not in os.environ}
+
+
+def _spare_folder() -> str:
+    """A folder of this user alone below the temporary one: compiled code goes into caches."""
+    folder = Path(tempfile.gettempdir(), f"dlrscale-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700)
+    state = folder.lstat()
+    if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o022:
+        return str(folder)
+    return tempfile.mkdtemp(prefix="dlrscale-")
 
 
 PORT_TAKEN = (b"EADDRINUSE", b"Address already in use", b"address already in use")

@@ -29,6 +29,7 @@ def dlrscale() -> None:
     dlrscale lock --help          replace a model's MLPs by deep low-rank residual networks
     dlrscale attack --help        fine-tune base and locked model by one strategy, on DeepSpeed
     dlrscale report results       tables, plots and verdicts from the records
+    dlrscale doctor               what this machine lacks for a run, and what a bug report needs
     """
 
 
@@ -330,6 +331,31 @@ def ui(tracking_uri: str | None, port: int) -> None:
     from dlrscale import tracking
 
     tracking.serve(tracking_uri or tracking.default_uri(), port=port)
+
+
+@dlrscale.command(context_settings=CONTEXT)
+@click.option("--quick", is_flag=True, help="Leave out the start of ranks.")
+@click.option("--build", is_flag=True, help="Build DeepSpeed's CPU Adam now, 30 to 120 s.")
+@click.option("--tracking-uri", help="MLflow store to look at, or none.  [default: sqlite in ./results]")
+@click.option("--hostfile", type=PATH, help="DeepSpeed hostfile to look at.")
+def doctor(quick: bool, build: bool, tracking_uri: str | None, hostfile: str | None) -> None:
+    """Say what this machine lacks for a run and how to mend it, and print what a bug report needs.
+
+    \b
+    dlrscale doctor
+    dlrscale doctor --quick
+    dlrscale doctor --build
+    """
+    from dlrscale.cli.doctor import bug_report, examine
+
+    failed = 0
+    for name, finding in examine(quick, build, tracking_uri, hostfile):
+        mend = f"\n{'':16}-> {finding.mend}" if finding.mend else ""
+        click.echo(f"{finding.level:<5} {name:<9} {finding.text}{mend}")
+        failed += finding.level == "FAIL"
+    click.echo(f"\n--- for a bug report ---\n{bug_report()}\n---")
+    if failed:
+        raise JobError(f"{failed} of the checks failed. Mend what the lines with FAIL say.")
 
 
 @dlrscale.command(context_settings=CONTEXT)

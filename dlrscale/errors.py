@@ -47,7 +47,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 # torch and safetensors do not raise an OSError where a write fails; torch's own words tell no errno at all.
 NO_SPACE_WORDS = re.compile(
-    r"No space left on device|os error (28|122|27)\b|PytorchStreamWriter failed writing|iostream error"
+    r"No space left|os error (28|122|27)\b|PytorchStreamWriter failed writing|iostream error"
     r"|unexpected pos \d+ vs \d+|database or disk is full"
 )
 

@@ -251,9 +251,9 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
         if entry["outcome"] == Outcome.FAILED.value and code == launcher.EXIT_CONFIG:
             raise ConfigError(entry["error"])
     if entry["outcome"] == Outcome.FAILED.value:
-        raise JobError(
-            f"{config.name} failed: {entry['error']}\nThe end of {out}/ranks.log:\n{launcher.tail(out / 'ranks.log')}"
-        )
+        told = describe(RuntimeError(entry["error"]))  # no space left: the log adds nothing to that
+        log = "" if told else f"\nThe end of {out}/ranks.log:\n{launcher.tail(out / 'ranks.log')}"
+        raise JobError(f"{config.name} failed: {entry['error']}{log}")
     if not quiet:
         for line in jobs.summary_lines(entry, out):
             click.echo(line)

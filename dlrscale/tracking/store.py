@@ -102,9 +102,10 @@ def prepare(uri: str) -> None:
             return
         try:
             quiet()
-            from mlflow import MlflowClient
+            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-            MlflowClient(uri).search_experiments(max_results=1)
+            # MLflow writes the place of its default experiment into SQL as it stands: an apostrophe would end it.
+            SqlAlchemyStore(uri, (path.parent / "mlartifacts").as_uri())
         except Exception as error:
             say(warning(uri, error))
 

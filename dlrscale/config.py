@@ -245,12 +245,13 @@ def check_folder(out: Path, run_id: str, resume_id: str) -> dict[str, Any] | Non
 
     Raises:
         ConfigError: If the folder belongs to another run, holds a finished run whose layout was another one (its
-            rows would be lost), or holds something else.
+            rows would be lost), holds something else, or may not be written.
     """
     marker = out / "run.json"
     if not marker.is_file():
         if out.exists() and (not out.is_dir() or any(entry.name not in OWN_FILES for entry in out.iterdir())):
             raise ConfigError(f"{out} exists and is no folder of a run. Choose another --out, or empty it yourself.")
+        _check_writable(out)
         return None
     try:
         owner = json.loads(marker.read_text(encoding="utf-8")).get("resume_id")
@@ -264,6 +265,7 @@ def check_folder(out: Path, run_id: str, resume_id: str) -> dict[str, Any] | Non
     records = out / record.RECORDS_FILE
     entries = list(record.read_lines(records)) if records.exists() else []
     if not entries or entries[-1]["outcome"] != record.Outcome.OK.value:
+        _check_writable(out)
         return None
     if entries[-1]["id"] != run_id:
         raise ConfigError(
@@ -276,6 +278,12 @@ def check_folder(out: Path, run_id: str, resume_id: str) -> dict[str, Any] | Non
 def taken(out: Path) -> str:
     """What to say when another process holds a run's folder."""
     return f"{out}: another command writes into this folder now. Wait for its end, or choose another --out."
+
+
+def _check_writable(out: Path) -> None:
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out}: {there} cannot be written. Choose another --out, or change its permissions.")
 
 
 def claim_folder(out: Path, run_id: str, resume_id: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -38,3 +41,44 @@ class JobError(DlrscaleError):
     """A launched job failed, or ended without an outcome."""
 
     exit_code = 4
+
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+# torch and safetensors do not raise an OSError where a write fails; torch's own words tell no errno at all.
+NO_SPACE_WORDS = re.compile(
+    r"No space left|os error (28|122|27)\b|PytorchStreamWriter failed writing|iostream error"
+    r"|unexpected pos \d+ vs \d+|database or disk is full"
+)
+
+
+def describe(error: BaseException, place: str | os.PathLike | None = None) -> str | None:
+    """The one message for a fault of the file system: no space left, or a place that may not be written.
+
+    Args:
+        error: What was raised; what it was raised from counts too.
+        place: The run's folder, named where the error names no file.
+
+    Returns:
+        The message, or None if the error is no such fault.
+    """
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for cause in chain:
+        number = cause.errno if isinstance(cause, OSError) else None
+        file = getattr(cause, "filename", None) or place
+        if number in NO_SPACE or (number is None and NO_SPACE_WORDS.search(str(cause))):
+            reason = os.strerror(number) if number else " ".join(str(cause).split())[:200]
+            return (
+                f"No space left{f' for {file}' if file else ''} ({reason}). What was whole before is whole; free some "
+                "space and run the same command again."
+            )
+        if number in NO_ACCESS and file:
+            return (
+                f"{file} cannot be read or written ({os.strerror(number)}). Choose another folder, or change its "
+                "permissions."
+            )
+    return None

@@ -12,38 +12,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dlrscale import dlr, models, record, shapes
+from dlrscale import dlr, folders, models, record, shapes
 from dlrscale.config import PretrainConfig
 from dlrscale.dlr import MLPWeights
-from dlrscale.errors import ConfigError, SurgeryError
+from dlrscale.errors import SurgeryError
 from dlrscale.shapes import Family, ModelShape
 
-MANIFEST = "lock.json"
 SHARD_SIZE = "5GB"
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """The manifest of a locked folder, or None where there is none.
-
-    Args:
-        folder: A model folder.
-
-    Returns:
-        The content of its lock.json, or None.
-
-    Raises:
-        ConfigError: If it is no JSON object.
-    """
-    file = Path(folder) / MANIFEST
-    if not file.is_file():
-        return None
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file}: no JSON: {error}. Export the locked model again.") from None
-    if not isinstance(manifest, dict):
-        raise ConfigError(f"{file}: holds no JSON object. Export the locked model again.")
-    return manifest
 
 
 def locked_model(
@@ -212,6 +187,7 @@ def save_folder(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     files: dict[str, str],
+    manifest: dict[str, Any] | None = None,
 ) -> None:
     """Write a model folder so that it appears whole or not at all, in the place of an older one of ours.
 
@@ -220,6 +196,7 @@ def save_folder(
         tokenizer: Its tokenizer.
         folder: Where to.
         files: Further text files by name.
+        manifest: A locked model's; its lock.json also gets the digests of the files as they lie there.
     """
 
     def write(temporary: Path) -> None:
@@ -228,6 +205,9 @@ def save_folder(
         _drop_absolute_paths(temporary / "config.json")
         for name, text in files.items():
             (temporary / name).write_text(text, encoding="utf-8")
+        if manifest is not None:
+            text = record.dumps(manifest | {"files": folders.file_digests(temporary)}, indent=2) + "\n"
+            (temporary / folders.MANIFEST).write_text(text, encoding="utf-8")
 
     write_folder(folder, write)
 
@@ -248,7 +228,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, the room is for the record
         raise
     if folder.exists():
         folder.rename(old)
@@ -274,12 +254,10 @@ def save_attacked(
         run_id: The attack's id.
         strategy: The attack's strategy.
     """
-    manifest = read_manifest(source)
-    files = {}
+    manifest = folders.read_manifest(source)
     if manifest is not None:
         manifest |= {"attacked": {"id": run_id, "strategy": strategy}}
-        files = {MANIFEST: record.dumps(manifest, indent=2) + "\n"}
-    save_folder(model, tokenizer, folder, files)
+    save_folder(model, tokenizer, folder, {}, manifest)
 
 
 def _drop_absolute_paths(config_file: Path) -> None:
@@ -363,5 +341,4 @@ def export_locked(
     """Write a locked model's folder: weights, config, modelling files, tokenizer, manifest and model card."""
     model = locked_model(base_folder, dtype, form, nets)
     tokenizer = models.load_tokenizer(base_folder)
-    files = {MANIFEST: record.dumps(manifest, indent=2) + "\n", "README.md": model_card(manifest)}
-    save_folder(model, tokenizer, folder, files)
+    save_folder(model, tokenizer, folder, {"README.md": model_card(manifest)}, manifest)

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,11 +24,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
-from dlrscale import shapes
+from dlrscale import folders, shapes
 from dlrscale.config import PretrainConfig
 from dlrscale.dlr import MLPWeights
 from dlrscale.errors import ConfigError, SurgeryError
+from dlrscale.folders import Stored
 from dlrscale.shapes import Family, ModelShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,17 +87,63 @@ def stored_dtype(folder: str | Path) -> str:
     return {"bfloat16": "bf16", "float16": "fp16"}.get(str(config.get("dtype") or config.get("torch_dtype")), "fp32")
 
 
-def check_weights(folder: str | Path) -> None:
-    """Refuse a model folder without safetensors weights, before anything is loaded.
+def check_folder(folder: str | Path) -> None:
+    """Refuse a model folder whose files are not whole (`folders.check_weights`) or contradict its config.json.
+
+    No weight is read: transformers loads empty tensors of the stored names and shapes into a model without
+    memory, so that what it allows (ties, prefixes, renamed tensors) is allowed here.
 
     Args:
-        folder: A Hugging Face folder.
+        folder: A Hugging Face folder, locked or not.
 
     Raises:
-        ConfigError: If there are none.
+        ConfigError: With what is wrong.
     """
-    if not any(Path(folder).glob("*.safetensors")):
-        raise ConfigError(f"{folder} holds no *.safetensors weights. Fetch the model again, or convert its weights.")
+    stored = folders.check_weights(folder)
+    file = Path(folder) / "config.json"
+    bars = logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        state = {name: torch.empty(entry.shape, device="meta") for name, entry in stored.items()}
+        _, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:  # a config can be wrong in any way, and each class says so in its own
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{file} describes no model that transformers can build: {reason}. Mend it.") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    faults = [
+        f"{_place(stored, name)} has shape {tuple(own)}, and config.json asks for {tuple(asked)}"
+        for name, own, asked in sorted(info["mismatched_keys"])
+    ]
+    faults += [f"config.json asks for {name}, which no weight file holds" for name in sorted(info["missing_keys"])]
+    # Old folders store masks and rotary tables, which are no parameters.
+    faults += [
+        f"{_place(stored, name)} is no part of the model that config.json describes"
+        for name in sorted(info["unexpected_keys"])
+        if name.endswith((".weight", ".bias")) and name in stored and len(stored[name].shape) <= 2
+    ]
+    if faults:
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ConfigError(
+            f"{file} and the weights contradict each other: {'; '.join(faults[:3])}{more}. Fetch the model again."
+        )
+
+
+def _place(stored: Mapping[str, Stored], name: str) -> str:
+    """A stored tensor with its file, in words; of a renamed tensor only the model's own name is known."""
+    return f"{name} in {stored[name].file}" if name in stored else name
 
 
 def check_generation(folder: str | Path) -> None:

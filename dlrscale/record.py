@@ -93,15 +93,22 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Append one strict JSON line with a single write; a cut-off last line of a killed writer goes."""
+    """Append one strict JSON line with a single write, whole or not at all; a killed writer's cut-off line goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
+    line = memoryview(dumps(value).encode() + b"\n")
+    with open(path, "a+b", buffering=0) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(dumps(value).encode() + b"\n")
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:  # a disk that gets full takes a part of it
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

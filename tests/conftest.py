@@ -211,13 +211,15 @@ def make_locked(start_nets, tmp_path_factory):
 
 def manifest(form, nets):
     """A manifest as `jobs.lock_manifest` builds it, with made-up figures."""
+    some = next(iter(nets.values()))
+    depth = sum(key.endswith("b_proj.weight") for key in some)
     return {
         "schema": 1,
         "lock_id": "0" * 64,
         "base": {"name": "base", "digest": "1" * 64},
         "form": form,
-        "depth": 4,
-        "ranks": [12, 12, 12, 12],
+        "depth": depth,
+        "ranks": [some[f"blocks.{k}.b_proj.weight"].shape[1] for k in range(depth)],
         "layers": sorted(nets),
         "coupling": 0.25,
         "b": {str(layer): 0.3 for layer in nets},

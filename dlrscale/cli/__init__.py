@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from dlrscale import __version__, catalogue
+from dlrscale import __version__, catalogue, launcher
 from dlrscale.cli.options import DATA_OPTIONS, ENGINE_OPTIONS, PATH, RUN_OPTIONS, TRAIN_OPTIONS
-from dlrscale.errors import ConfigError, DlrscaleError, JobError
+from dlrscale.errors import ConfigError, DlrscaleError, JobError, describe
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -29,12 +29,14 @@ def dlrscale() -> None:
     dlrscale lock --help          replace a model's MLPs by deep low-rank residual networks
     dlrscale attack --help        fine-tune base and locked model by one strategy, on DeepSpeed
     dlrscale report results       tables, plots and verdicts from the records
+    dlrscale doctor               what this machine lacks for a run, and what a bug report needs
     """
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; errors that are written for people end in one message and their exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    os.environ.update(launcher.usable_home())
     debug = "--debug" in argv  # anywhere, also behind the command's name
     argv = [word for word in argv if word != "--debug"]
     try:
@@ -54,6 +56,12 @@ def main(argv: list[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         _say(str(error))
+    except Exception as error:
+        message = describe(error)
+        if debug or message is None:
+            raise
+        code = JobError.exit_code
+        _say(message)
     sys.exit(code)
 
 
@@ -110,10 +118,11 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     dlrscale lock --model ./base --data corpus.jsonl --num-ranks 8 --zero 3 --offload-optimizer --dry-run
     deepspeed launch/lock.py --model ./base --data corpus.txt --deepspeed_config ds_configs/zero2.json
     """
-    from dlrscale import shapes
+    from dlrscale import folders, shapes
     from dlrscale.cli.run import execute, inside_launch, resolve, run_rank
     from dlrscale.config import LockConfig
 
+    options["model"] = str(folders.find_model(options["model"]))
     check_family(options["model"])
     shape = shapes.model_shape(shapes.read_config(options["model"]))
     options["form"] = options["form"] or ("gated" if shape.family.gated else "plain")
@@ -203,17 +212,20 @@ def check_family(folder: str) -> None:
 def attack_configs(options: dict[str, Any], base: str | None, strategy: str, knobs: tuple[str, ...]) -> list[Any]:
     """The configurations of an attack: of the base model, if given, and of the model itself."""
     from dlrscale import config as configuration
-    from dlrscale import export, shapes
+    from dlrscale import folders, models, shapes
     from dlrscale.cli.run import choose_levers, resolve
     from dlrscale.config import AttackConfig
 
     entry = catalogue.strategy(strategy)
     pairs = dict(knob.partition("=")[::2] for knob in knobs)
     levers = choose_levers(entry, options)
+    options = options | {"model": str(folders.find_model(options["model"]))}
     shared = options | {"strategy": strategy, "knobs": entry.resolve_knobs(pairs)}
+    base = base and str(folders.find_model(base, "--base"))
     for folder in filter(None, (options["model"], base)):
         check_family(folder)
-    manifest = export.read_manifest(options["model"])
+        models.check_folder(folder)
+    manifest = folders.read_manifest(options["model"])
     if manifest is None and shapes.model_shape(shapes.read_config(options["model"])).locked:
         raise ConfigError(
             f"--model {options['model']} is locked, but has no lock.json. Copy it from the lock's own folder."
@@ -349,22 +361,22 @@ def mirror(places: tuple[str, ...], tracking_uri: str | None) -> None:
     from dlrscale import tracking
 
     uri = tracking.resolve(tracking_uri)
-    folders = tracking.find([Path(p) for p in places] or [Path("results")])
+    found = tracking.find([Path(p) for p in places] or [Path("results")])
     tracking.make_ready(uri)
     faults, done = [], []
-    for folder in folders:
+    for folder in found:
         try:
-            found = tracking.replay(folder, uri)
+            replayed = tracking.replay(folder, uri)
         except ConfigError as error:
             faults += error.faults
             continue
         except JobError as error:
-            rest = len(folders) - len(done) - len(faults)
-            raise JobError(f"{error}\n{rest} of {len(folders)} runs are left; nothing of them is lost.") from None
-        done.append(found)
-        click.echo(f"{folder}: {found}")
+            rest = len(found) - len(done) - len(faults)
+            raise JobError(f"{error}\n{rest} of {len(found)} runs are left; nothing of them is lost.") from None
+        done.append(replayed)
+        click.echo(f"{folder}: {replayed}")
     ended = tracking.sweep(uri)
-    counts = {state: sum(found.state == state for found in done) for state in tracking.STATES}
+    counts = {state: sum(entry.state == state for entry in done) for state in tracking.STATES}
     click.echo(
         f"{len(done)} runs: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}"
         + (f"; {len(ended)} more without a process were ended" if ended else "")
@@ -372,6 +384,31 @@ def mirror(places: tuple[str, ...], tracking_uri: str | None) -> None:
     )
     if faults:
         raise ConfigError(faults)
+
+
+@dlrscale.command(context_settings=CONTEXT)
+@click.option("--quick", is_flag=True, help="Leave out the start of ranks.")
+@click.option("--build", is_flag=True, help="Build DeepSpeed's CPU Adam now, 30 to 120 s.")
+@click.option("--tracking-uri", help="MLflow store to look at, or none.  [default: sqlite in ./results]")
+@click.option("--hostfile", type=PATH, help="DeepSpeed hostfile to look at.")
+def doctor(quick: bool, build: bool, tracking_uri: str | None, hostfile: str | None) -> None:
+    """Say what this machine lacks for a run and how to mend it, and print what a bug report needs.
+
+    \b
+    dlrscale doctor
+    dlrscale doctor --quick
+    dlrscale doctor --build
+    """
+    from dlrscale.cli.doctor import bug_report, examine
+
+    failed = 0
+    for name, finding in examine(quick, build, tracking_uri, hostfile):
+        mend = f"\n{'':16}-> {finding.mend}" if finding.mend else ""
+        click.echo(f"{finding.level:<5} {name:<9} {finding.text}{mend}")
+        failed += finding.level == "FAIL"
+    click.echo(f"\n--- for a bug report ---\n{bug_report()}\n---")
+    if failed:
+        raise JobError(f"{failed} of the checks failed. Mend what the lines with FAIL say.")
 
 
 @dlrscale.command(context_settings=CONTEXT)

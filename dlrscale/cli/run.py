@@ -14,7 +14,7 @@ import click
 from dlrscale import catalogue, launcher, record
 from dlrscale import config as configuration
 from dlrscale.config import LockConfig, RunConfig
-from dlrscale.errors import ConfigError, JobError
+from dlrscale.errors import ConfigError, JobError, describe
 from dlrscale.launcher.ranks import Ranks
 from dlrscale.record import Outcome
 
@@ -60,13 +60,14 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     Raises:
         ConfigError: If something is wrong or contradicts the DeepSpeed file.
     """
-    from dlrscale import data, engine, shapes, tracking
+    from dlrscale import data, engine, folders, shapes, tracking
 
     values = {k: v for k, v in options_.items() if k not in ("dry_run", "local_rank")}
-    for key in ("model", "data", "heldout", "heldout_base", "out", "deepspeed_config", "hostfile"):
+    for key in ("data", "heldout", "heldout_base", "out", "deepspeed_config", "hostfile"):
         if key in values:
             values[key] = absolute(values[key])
-    if values.get("model"):
+    if "model" in values:
+        values["model"] = str(folders.find_model(values["model"]))
         shapes.read_config(values["model"])
     values["columns"] = parse_columns(values.get("columns"))
     values |= dataclasses.asdict(levers)
@@ -234,9 +235,9 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
     else:
         entry = _launch(config, jobs.describe(config, merged, run_id, resume_id))
     if entry["outcome"] == Outcome.FAILED.value:
-        raise JobError(
-            f"{config.name} failed: {entry['error']}\nThe end of {out}/ranks.log:\n{launcher.tail(out / 'ranks.log')}"
-        )
+        told = describe(RuntimeError(entry["error"]))  # no space left: the log adds nothing to that
+        log = "" if told else f"\nThe end of {out}/ranks.log:\n{launcher.tail(out / 'ranks.log')}"
+        raise JobError(f"{config.name} failed: {entry['error']}{log}")
     if not quiet:
         for line in jobs.summary_lines(entry, out):
             click.echo(line)
@@ -309,7 +310,8 @@ def end_of_ranks(code: int, ranks: Ranks, out: Path) -> tuple[Outcome, str]:
         return Outcome.OOM, f"a rank got no more memory and aborted ({doing})"
     if name is not None:
         return Outcome.FAILED, f"a rank was ended from outside by {name} ({doing})"
-    return Outcome.FAILED, f"the ranks ended (launcher exit code {code}) and left no record; see {out}/ranks.log"
+    left = f"the ranks ended (launcher exit code {code}) and left no record; see {out}/ranks.log"
+    return Outcome.FAILED, describe(RuntimeError(launcher.tail(out / "ranks.log")), out) or left
 
 
 def _leave_record(

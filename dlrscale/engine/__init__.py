@@ -16,15 +16,19 @@ from dlrscale.engine.config import (
 )
 from dlrscale.engine.core import Engine
 from dlrscale.engine.devices import barrier, device, device_count, device_type, start_distributed, stop_distributed
+from dlrscale.engine.operators import build_cpu_adam, cpu_adam, cuda_toolkit
 
 __all__ = [
     "Checkpoint",
     "Engine",
     "Layout",
     "barrier",
+    "build_cpu_adam",
     "check_layout",
     "checkpoints",
     "compiler",
+    "cpu_adam",
+    "cuda_toolkit",
     "device",
     "device_count",
     "device_type",

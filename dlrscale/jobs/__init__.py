@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from dlrscale import catalogue, engine, export, launcher, models, record, shapes, tracking
+from dlrscale import catalogue, engine, export, folders, launcher, models, record, shapes, tracking
 from dlrscale import config as configuration
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
+from dlrscale.errors import describe as describe_error
 from dlrscale.jobs.attack import attack
 from dlrscale.jobs.common import MODEL_FOLDER, Run, load_corpora
 from dlrscale.jobs.lock import lock
@@ -56,7 +57,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     if isinstance(config, PretrainConfig):
         return merged
     shape = shapes.model_shape(shapes.read_config(config.model))
-    models.check_weights(config.model)
+    models.check_folder(config.model)
     if shape.max_length and config.seq_len > shape.max_length:
         raise ConfigError(f"--seq-len {config.seq_len}: {config.model} takes at most {shape.max_length} tokens.")
     if isinstance(config, LockConfig):
@@ -121,11 +122,14 @@ def run(
         except ConfigError as reason:
             outcome, error, code = Outcome.FAILED, str(reason), launcher.EXIT_CONFIG
         except Exception as reason:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+                traceback.print_exc()
             if lost_a_peer(reason) and world_size > 1:
                 time.sleep(PEER_S)  # the launcher ends this rank meanwhile, and tells of the one that ended first
             outcome, code = Outcome.FAILED, launcher.EXIT_FAILED
-            error = f"rank {rank}: {type(reason).__name__}: {reason}"
+            error = describe_error(reason, out) or f"rank {rank}: {type(reason).__name__}: {reason}"
+            for left in (out / "checkpoints").glob("tmp-*"):  # on a full disk, the room is for the record
+                shutil.rmtree(left, ignore_errors=True)
             if is_out_of_memory(reason):
                 outcome, code = Outcome.OOM, launcher.EXIT_OOM
                 error = f"out of memory in the phase {job.phases.broken or 'start'}, {error}"
@@ -178,7 +182,7 @@ def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_i
     settings = dataclasses.asdict(config)
     side = None
     if isinstance(config, AttackConfig):
-        manifest = export.read_manifest(config.model)
+        manifest = folders.read_manifest(config.model)
         side = "locked" if manifest else "base"
         settings |= {"axes": config.axes, "lock": None}
         if manifest:
@@ -191,7 +195,7 @@ def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_i
     for key in ("model", "data", "heldout", "heldout_base"):
         if settings.get(key):
             settings[f"{key}_digest"] = configuration.digest(settings[key])
-            settings[key] = settings[key] if settings[key].startswith("embedded:") else Path(settings[key]).name
+            settings[key] = folders.shown_name(settings[key])
     for key in (
         "out",
         "deepspeed_config",

@@ -1,14 +1,19 @@
 """The file that the launch line names: `deepspeed ... dlrscale/jobs/__main__.py '<configuration as JSON>'`."""
 
+import os
 import sys
+from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # the script's own folder, whose modules must not hide others of the same name
+    # Not the script's own folder, whose modules would hide others of the same name, but that of the package.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from dlrscale import launcher
 from dlrscale.launcher.guard import Guard
 
 if __name__ == "__main__":
     guard = Guard().start()  # before the slow imports
+    os.environ.update(launcher.usable_home())
 
     from dlrscale import config, jobs
 

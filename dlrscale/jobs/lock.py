@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dlrscale import config as configuration
-from dlrscale import data, distil, export, models, record, shapes, surgery
+from dlrscale import data, distil, export, folders, models, record, shapes, surgery
 from dlrscale.config import LockConfig
 from dlrscale.engine import Engine
 from dlrscale.jobs.common import MODEL_FOLDER, Run, evaluator, load_corpora, make_batches
@@ -105,7 +105,7 @@ def lock_manifest(
     return {
         "schema": record.SCHEMA,
         "lock_id": run_.id,
-        "base": {"name": Path(config.model).name, "digest": configuration.digest(config.model)},
+        "base": {"name": folders.shown_name(config.model), "digest": configuration.digest(config.model)},
         "form": config.form,
         "depth": config.depth,
         "ranks": list(ranks),

@@ -11,8 +11,10 @@ import os
 import shlex
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -66,10 +68,15 @@ def hostfile_slots(path: str) -> int:
     return total
 
 
+def deepspeed() -> str:
+    """DeepSpeed's launcher: the one beside this interpreter, else the one on PATH."""
+    own = Path(sys.executable).with_name("deepspeed")
+    return str(own) if own.exists() else "deepspeed"
+
+
 def command(config: RunConfig, port: int | None = None) -> list[str]:
     """The launch line of a job: `deepspeed ... dlrscale/jobs/__main__.py '<configuration as JSON>'`."""
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    line = [str(deepspeed) if deepspeed.exists() else "deepspeed", "--no_local_rank"]
+    line = [deepspeed(), "--no_local_rank"]
     if config.hostfile:
         line += ["--hostfile", config.hostfile]
     else:
@@ -101,6 +108,52 @@ def environment(num_ranks: int) -> dict[str, str]:
     return env
 
 
+def usable_home() -> dict[str, str]:
+    """Variables that give libraries a home and caches which can be written, where this user has none.
+
+    A user without a home (a container's bare user id) gets a temporary one. Where there is a home that cannot be
+    written, it stays, for what is read there (a cache of the Hugging Face hub), and only caches move.
+
+    Returns:
+        What to add to the environment; empty where all is well.
+    """
+    home = os.path.expanduser("~")
+    if home == "~":  # neither HOME nor an entry of the user
+        return {"HOME": _spare_folder()}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache"))
+    there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return {}
+    spare = _spare_folder()
+    found = {"XDG_CACHE_HOME": spare, "TRITON_HOME": spare, "MPLCONFIGDIR": os.path.join(spare, "matplotlib")}
+    if (cache / "huggingface").is_dir():
+        found["HF_HOME"] = str(cache / "huggingface")
+    os.makedirs(found["MPLCONFIGDIR"], exist_ok=True)
+    return {key: value for key, value in found.items() if key == "XDG_CACHE_HOME" or key not in os.environ}
+
+
+def _spare_folder() -> str:
+    """A folder of this user alone below the temporary one: compiled code goes into caches."""
+    folder = Path(tempfile.gettempdir(), f"dlrscale-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700)
+    state = folder.lstat()
+    if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and not state.st_mode & 0o022:
+        return str(folder)
+    return tempfile.mkdtemp(prefix="dlrscale-")
+
+
+PORT_TAKEN = (b"EADDRINUSE", b"Address already in use", b"address already in use")
+
+
+def port_was_taken(log: Path, start: int) -> bool:
+    """Whether a log says, from byte `start` on, that the ranks' meeting port had been taken in the meantime."""
+    with open(log, "rb") as file:
+        file.seek(start)
+        text = file.read()
+    return any(words in text for words in PORT_TAKEN)
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal told this command to end; every rank has gone. `str` of it names the signal."""
 
@@ -108,7 +161,8 @@ class Interrupted(KeyboardInterrupt):
 def run(config: RunConfig, watch: Callable[[], None] = lambda: None) -> int:
     """Run a job to its end and return the launcher's exit code; its output goes to `<out>/ranks.log`.
 
-    However it ends, no process of it is left.
+    However it ends, no process of it is left. A port that another process took between our choice and the ranks' use
+    is chosen once more.
 
     Args:
         config: The resolved configuration.
@@ -121,11 +175,19 @@ def run(config: RunConfig, watch: Callable[[], None] = lambda: None) -> int:
         JobError: If the launcher cannot be started.
         Interrupted: If this process got SIGINT, SIGTERM or SIGHUP.
     """
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    log = Path(config.out) / "ranks.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = log.stat().st_size if log.exists() else 0
+    code = _run_once(config, log, watch)
+    if code and not config.hostfile and port_was_taken(log, start):
+        code = _run_once(config, log, watch)
+    return code
+
+
+def _run_once(config: RunConfig, log_file: Path, watch: Callable[[], None]) -> int:
     line = command(config)
     env = environment(config.num_ranks) | ({} if config.hostfile else command_variable())
-    with _interrupted_by_signals(), open(out / "ranks.log", "ab") as log:
+    with _interrupted_by_signals(), open(log_file, "ab") as log:
         try:
             process = subprocess.Popen(
                 line, env=env, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True

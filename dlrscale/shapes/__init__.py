@@ -109,7 +109,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        near = _near_names(folder)
+        near = near_names(folder)
         raise ConfigError(
             f"No such model folder: {folder.absolute()}{near}. Name a local folder with config.json and weights."
         )
@@ -125,7 +125,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def _near_names(path: Path) -> str:
+def near_names(path: Path) -> str:
+    """` (near: NAME)` where something of a similar name lies beside a path that does not exist, else nothing."""
     import difflib
 
     try:
@@ -166,7 +167,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
             f"config.json: {family.activation} {activation!r} is not in the table of activations "
             f"({', '.join(ACTIVATION_SAVES)})."
         )
-    dlr = config.get("dlr")
+    form, ranks = _read_dlr(config.get("dlr"))
     parallel, shared_input = wiring(config)
     return ModelShape(
         family=family,
@@ -182,9 +183,22 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         max_length=None if config.get("alibi") else config.get(family.positions),  # Falcon's ALiBi has no limit
         parallel=parallel,
         shared_input=shared_input,
-        form=dlr["form"] if dlr else None,
-        ranks={int(i): tuple(r) for i, r in dlr["ranks"].items()} if dlr else None,
+        form=form,
+        ranks=ranks,
     )
+
+
+def _read_dlr(dlr: Any) -> tuple[str | None, dict[int, tuple[int, ...]] | None]:
+    """Form, and ranks by layer, from `dlr` of a locked model's config.json; None and None where there is none."""
+    if not dlr:
+        return None, None
+    try:
+        form, ranks = dlr["form"], {int(i): tuple(map(int, r)) for i, r in dlr["ranks"].items()}
+    except (TypeError, KeyError, ValueError, AttributeError):
+        form, ranks = None, None
+    if form not in FORMS or not ranks:
+        raise SurgeryError(f"config.json: dlr holds no form ({', '.join(FORMS)}) and ranks by layer. Copy it again.")
+    return form, ranks
 
 
 def parity_width(form: str, gated_mlp: bool, inner: int) -> int:

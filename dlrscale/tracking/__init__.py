@@ -8,7 +8,7 @@ nothing else.
 from dlrscale.tracking.ended import STATES, Replayed, replay, replay_quietly, sweep
 from dlrscale.tracking.folder import find, naming, tell_if_behind, write_description
 from dlrscale.tracking.pages import serve
-from dlrscale.tracking.store import default_uri, make_ready, prepare, resolve, shown, sqlite_path
+from dlrscale.tracking.store import default_uri, make_ready, prepare, resolve, shown, silence, sqlite_path
 from dlrscale.tracking.tracker import Tracker
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "resolve",
     "serve",
     "shown",
+    "silence",
     "sqlite_path",
     "sweep",
     "tell_if_behind",

@@ -121,6 +121,15 @@ def make_ready(uri: str) -> None:
         raise JobError(f"{what} ({first_line(error)})") from None
 
 
+def silence(uri: str) -> str | None:
+    """Why a tracking server does not answer, or None if it does."""
+    try:
+        _ask_server(uri)
+    except Exception as error:
+        return first_line(error)
+    return None
+
+
 def _ask_server(uri: str) -> None:
     """Ask a tracking server for its health; any answer will do, since it may want a login first."""
 
@@ -182,13 +191,13 @@ def _make(path: Path) -> None:
     try:
         temporary.touch()
         quiet()
-        from mlflow import MlflowClient
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
         quiet()  # the import turns MLflow's own messages on again
-        client = MlflowClient(f"{SQLITE}{temporary}")
-        client.search_experiments(max_results=1)
+        # MLflow writes the place of its default experiment into SQL as it stands: an apostrophe would end it.
+        store = SqlAlchemyStore(f"{SQLITE}{temporary}", (path.parent / "mlartifacts").as_uri())
         with suppress(AttributeError):
-            client._tracking_client.store.engine.dispose()  # no connection may know the file by its first name
+            store.engine.dispose()  # no connection may know the file by its first name
         os.replace(temporary, path)
     finally:
         for leftover in path.parent.glob(f"{temporary.name}*"):

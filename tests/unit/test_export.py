@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 
-from dlrscale import export, models, shapes
+from dlrscale import export, folders, models, shapes
 from dlrscale.errors import ConfigError, SurgeryError
 from dlrscale.modeling.dlr_net import DLRNet
 
@@ -372,7 +372,7 @@ def test_generation_settings_are_kept(make_llama, save_base, start_nets, tmp_pat
 
 
 def test_manifest(locked, tmp_path):
-    manifest = export.read_manifest(locked["gpt2"])
+    manifest = folders.read_manifest(locked["gpt2"])
     assert (manifest["lock_id"], manifest["form"]) == ("0" * 64, "plain")
     card = (locked["gpt2"] / "README.md").read_text()
     for part in (
@@ -384,13 +384,13 @@ def test_manifest(locked, tmp_path):
         "0" * 64,
     ):
         assert part in card
-    assert export.read_manifest(tmp_path) is None
+    assert folders.read_manifest(tmp_path) is None
     (tmp_path / "lock.json").write_text("{")
     with pytest.raises(ConfigError, match=r"lock\.json: no JSON"):
-        export.read_manifest(tmp_path)
+        folders.read_manifest(tmp_path)
     (tmp_path / "lock.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"lock\.json: holds no JSON object"):
-        export.read_manifest(tmp_path)
+        folders.read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("broken", ["weights", "tokenizer", "file"])

@@ -338,7 +338,7 @@ def test_embedded_text_is_packed(tokenizer):
 def numbered(count, length=4):
     """Items that can be told apart: item i holds the token 10 + i alone."""
     ids = [np.full(length, 10 + i, dtype=np.int64) for i in range(count)]
-    return data._token_data(ids, ids, packed=True, counts={})
+    return data.token_data(ids, ids, packed=True, counts={})
 
 
 def batches(loaded, micro, accumulation=1, rank=0, world=1, seed=0):
@@ -412,7 +412,7 @@ def test_unequal_records_count_globally(tokenizer, write):
 def test_processed_tokens_count_padding():
     lengths = [10, 90] * 8
     ids = [np.full(n, 5, dtype=np.int64) for n in lengths]
-    step = batches(data._token_data(ids, ids, packed=False, counts={}), 16).step(0)
+    step = batches(data.token_data(ids, ids, packed=False, counts={}), 16).step(0)
     assert (step.tokens, step.processed_tokens) == (800, 1440)
 
 

@@ -100,7 +100,7 @@ def unequal(count=7):
     generator = np.random.default_rng(0)
     lengths = np.linspace(5, 40, count).astype(int)
     ids = [generator.integers(3, VOCABULARY, n) for n in lengths]
-    return data._token_data(ids, ids, packed=False, counts={})
+    return data.token_data(ids, ids, packed=False, counts={})
 
 
 def test_the_loss_does_not_depend_on_batch_and_ranks():
@@ -125,7 +125,7 @@ def test_the_loss_does_not_depend_on_batch_and_ranks():
 
 def test_no_label_is_refused():
     ids = [np.array([3, 4])]
-    empty = data._token_data(ids, [np.array([-100, -100])], packed=False, counts={})
+    empty = data.token_data(ids, [np.array([-100, -100])], packed=False, counts={})
     with pytest.raises(ConfigError, match="no label"):
         evaluate.heldout_loss(
             lambda i, _: torch.zeros(*i.shape, VOCABULARY),
@@ -145,7 +145,7 @@ def test_padding_does_not_change_a_real_model(stories):
     tokenizer, forward = stories
     texts = ["Once upon a time", "The dog ran to the big red house and sat down.", "Tim was sad. He cried."]
     ids = [np.array(tokenizer(t).input_ids) for t in texts]
-    loaded = data._token_data(ids, ids, packed=False, counts={})
+    loaded = data.token_data(ids, ids, packed=False, counts={})
     losses = [over_ranks(forward, loaded, b, w, pad=2)["loss"] for b in (1, 3) for w in (1, 2)]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
@@ -159,7 +159,7 @@ def test_known_loss_of_stories260k(stories):
     ids = [np.array(tokenizer(d, verbose=False).input_ids) for d in documents if d]
     assert (len(ids), sum(map(len, ids))) == (271, 115_178)
     ids = sorted((x[:512] for x in ids), key=len)
-    loaded = data._token_data(ids, ids, packed=False, counts={})
+    loaded = data.token_data(ids, ids, packed=False, counts={})
     result = over_ranks(forward, loaded, 16, 1, pad=2)
     assert result["loss"] == pytest.approx(1.359, abs=5e-4)
     assert result["label_tokens"] == 102_154

@@ -150,6 +150,38 @@ def test_padding_does_not_change_a_real_model(stories):
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
 
+def test_records_do_not_see_each_other(stories):
+    """C13: three records of 5, 7 and 4 tokens cost the same together in a batch as one by one."""
+    tokenizer, forward = stories
+    whole = tokenizer("Once upon a time there was a big dog who ran to the red house.").input_ids
+    ids = [np.array([1, *whole[a:b]]) for a, b in ((1, 5), (5, 11), (11, 14))]
+    assert [len(x) for x in ids] == [5, 7, 4]
+    loaded = data.token_data(ids, [np.where(np.arange(len(x)) < 2, -100, x) for x in ids], packed=False, counts={})
+    alone = [over_ranks(forward, loaded.subset([i]), 1, 1) for i in range(3)]
+    nats = sum(x["loss"] * x["label_tokens"] for x in alone)
+    together = over_ranks(forward, loaded, 3, 1, pad=2)
+    assert together["loss"] * together["label_tokens"] == pytest.approx(nats, rel=1e-6)
+
+
+@pytest.mark.parametrize(("micro", "accumulation", "world"), [(8, 1, 1), (4, 2, 1), (1, 8, 1), (4, 1, 2), (1, 4, 2)])
+def test_the_training_loss_does_not_depend_on_the_layout(micro, accumulation, world):
+    """C08: the sum of nats of a step's micro-batches over its label tokens, whatever the split."""
+    table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    loaded = unequal(8)
+    terms = [reference(table[torch.from_numpy(x)][None], torch.from_numpy(x)[None])[0] for x in loaded.input_ids]
+    nats, labels = 0.0, set()
+    for rank in range(world):
+        plan = data.Batches(
+            loaded, seed=0, micro_batch=micro, accumulation=accumulation, rank=rank, world_size=world, pad_id=0
+        )
+        step = plan.step(0)
+        labels.add(step.label_tokens)
+        for inputs in step.micro_batches:
+            nats += evaluate.cross_entropy_sum(table[inputs["input_ids"]], inputs["labels"])[0].item()
+    assert labels == {sum(len(x) - 1 for x in loaded.input_ids)}
+    assert nats == pytest.approx(sum(terms), rel=1e-6)
+
+
 def test_known_loss_of_stories260k(stories):
     """1.359 nats: each story alone, with its first token and without an end, cut at the context of 512."""
     tokenizer, forward = stories

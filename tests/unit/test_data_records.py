@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
@@ -263,6 +264,29 @@ def test_names_on_the_hub(tmp_path, monkeypatch, datasets):
     with pytest.raises(ConfigError, match="is here too"):
         data.pin("hf:nobody/nothing")
     assert data.pin("embedded:topics") == "embedded:topics"
+
+
+def test_a_cached_data_set_of_the_hub_is_read_offline(tmp_path, monkeypatch, datasets):
+    """The cache as `datasets` leaves it after a download; it is read without a connection."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    source = tmp_path / "name"
+    source.mkdir()
+    for split, count in (("train", 5), ("test", 2)):
+        write(source, *[{"prompt": "the", "completion": " cat"}] * count, name=f"{split}.jsonl")
+    datasets.load_dataset(str(source))
+    shutil.rmtree(source)
+    made = next((tmp_path / "cache").rglob("dataset_info.json")).parent
+    copy = tmp_path / "cache" / "org___name" / "default" / "0.0.0" / ("ab" * 20)
+    shutil.copytree(made, copy)
+    pinned = data.pin("hf:org/name")
+    assert pinned.startswith("hf:org/name@train#")
+    assert data.pin(pinned) == pinned
+    assert len(data.load(pinned, make_tokenizer(), seq_len=8)) == 5
+    assert len(data.load("hf:org/name@test", make_tokenizer(), seq_len=8)) == 2
+    assert "nope" in refusal("hf:org/name@nope", make_tokenizer(), seq_len=8)
+    shutil.move(copy, copy.with_name("cd" * 20))  # another revision
+    assert "another one now" in refusal(pinned, make_tokenizer(), seq_len=8)
 
 
 def test_identity_of_folders_templates_and_names(tmp_path):

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlrscale import catalogue, record, shapes
+from dlrscale import catalogue, folders, record, shapes
 from dlrscale.errors import ConfigError
 
+NAMED = ("embedded:", "hf:")  # data with a name and no path
 DTYPES = ("fp32", "bf16", "fp16")
 # Of a DeepSpeed configuration: where and in what pieces a run computes, not what it computes.
 LAYOUT_KEYS = (
@@ -39,6 +40,7 @@ class RunConfig:
     kind: str = "run"
     columns: dict[str, str] | None = None
     document_separator: str | None = None
+    chat_template: str | None = None
     heldout: str | None = None
     heldout_limit: int = 0
     command: str | None = None
@@ -194,7 +196,7 @@ def identify(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> dict[str
         # The resolved axes stand for the strategy's name, which is a label.
         values.pop("strategy")
         values["axes"] = {k: v for k, v in config.axes.items() if k != "levers"}
-    for key in ("model", "data", "heldout", "heldout_base"):
+    for key in ("model", "data", "heldout", "heldout_base", "chat_template"):
         if values.get(key):
             values[key] = digest(values[key])
     values["deepspeed_layout"], values["deepspeed_config"] = split_layout(deepspeed_config)
@@ -218,13 +220,23 @@ def split_layout(merged: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 def digest(place: str) -> str:
-    """The digest of a data file or model folder; an embedded corpus counts by its name and interpreter."""
+    """The digest of a data file or folder, or of a model folder.
+
+    An embedded corpus counts by its name and interpreter, a data set of the hub by its name and fingerprint.
+    """
     import platform
 
     if place.startswith("embedded:"):
         return f"{place} of Python {platform.python_version()}"
+    if place.startswith(NAMED):
+        return place
     path = Path(place)
     return record.digest_folder(path) if path.is_dir() else record.digest_file(path)
+
+
+def shown(place: str) -> str:
+    """What a record says of a place: where things lie on this machine is nobody's business."""
+    return place if place.startswith(NAMED) else folders.shown_name(place)
 
 
 def run_ids(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> tuple[str, str]:

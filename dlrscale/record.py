@@ -256,12 +256,19 @@ def digest_file(path: Path) -> str:
 
 
 def digest_folder(folder: Path) -> str:
-    """SHA-256 over the names and bytes of what makes a model: config, weights and tokenizer files."""
-    names = sorted(
-        p.name
-        for p in folder.iterdir()
-        if p.suffix == ".safetensors" or p.name == "config.json" or p.name.startswith("tokenizer")
-    )
+    """SHA-256 over the names and bytes of what makes a model: config, weights and tokenizer files.
+
+    A folder without a config.json holds data: there all files count, but for hidden ones.
+    """
+    if (folder / "config.json").is_file():
+        names = sorted(
+            p.name
+            for p in folder.iterdir()
+            if p.suffix == ".safetensors" or p.name == "config.json" or p.name.startswith("tokenizer")
+        )
+    else:
+        inside = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+        names = sorted(p.as_posix() for p in inside if not any(part.startswith(".") for part in p.parts))
     lines = "".join(f"{name} {digest_file(folder / name)}\n" for name in names)
     return hashlib.sha256(lines.encode()).hexdigest()
 

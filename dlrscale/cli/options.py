@@ -24,9 +24,13 @@ DATA_OPTIONS = options(
         "--data",
         required=True,
         type=PATH,
-        help="Training data: text or JSON lines, .gz or not, or embedded:NAME.",
+        help="Training data: text or JSON lines, .gz or not, a data set's folder, hf:ORG/NAME, or embedded:NAME.",
     ),
-    click.option("--columns", help="Names of the keys of JSON lines: prompt=question,completion=answer or text=story."),
+    click.option(
+        "--columns",
+        help="Names of the keys of records: prompt=question,completion=answer, text=story or messages=chat.",
+    ),
+    click.option("--chat-template", type=PATH, help="Template file (jinja) of chats.  [default: the tokenizer's]"),
     click.option("--document-separator", help="Text that stands between the documents of a plain text file."),
     click.option("--heldout", type=PATH, help="Held-out data of the same kind.  [default: the last 5 % of --data]"),
     click.option(

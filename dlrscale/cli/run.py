@@ -35,14 +35,18 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
         return None
     pairs = [part.split("=", 1) for part in text.split(",")]
     roles = sorted(pair[0] for pair in pairs)
-    if any(len(pair) != 2 or not pair[1] for pair in pairs) or roles not in (["text"], ["completion", "prompt"]):
-        raise ConfigError(f"--columns {text}: write prompt=KEY,completion=KEY or text=KEY.")
+    if any(len(pair) != 2 or not pair[1] for pair in pairs) or roles not in (
+        ["text"],
+        ["completion", "prompt"],
+        ["messages"],
+    ):
+        raise ConfigError(f"--columns {text}: write prompt=KEY,completion=KEY, text=KEY or messages=KEY.")
     return dict(pairs)
 
 
 def absolute(place: str | None) -> str | None:
-    """An absolute path; embedded corpora and nothing stay as they are."""
-    return place if place is None or place.startswith("embedded:") else os.path.abspath(place)
+    """An absolute path; data with a name (embedded, hub) and nothing stay as they are."""
+    return place if place is None or place.startswith(configuration.NAMED) else os.path.abspath(place)
 
 
 def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, default_name: str) -> Any:
@@ -63,7 +67,7 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     from dlrscale import data, engine, folders, shapes, tracking
 
     values = {k: v for k, v in options_.items() if k not in ("dry_run", "local_rank")}
-    for key in ("data", "heldout", "heldout_base", "out", "deepspeed_config", "hostfile"):
+    for key in ("data", "heldout", "heldout_base", "chat_template", "out", "deepspeed_config", "hostfile"):
         if key in values:
             values[key] = absolute(values[key])
     if "model" in values:
@@ -105,6 +109,9 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     configuration.check(config)
     for key in ("data", "heldout", "heldout_base"):
         data.check_place(values.get(key))
+    data.read_template(config.chat_template)
+    pinned = {key: data.pin(values[key]) for key in ("data", "heldout", "heldout_base") if values.get(key)}
+    config = dataclasses.replace(config, **pinned)
     if chosen_out is None:
         resume_id = configuration.run_ids(config, engine.merge(config))[1]
         config = dataclasses.replace(config, out=str(Path("results").absolute() / f"{config.name}-{resume_id[:8]}"))

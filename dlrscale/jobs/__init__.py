@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dlrscale import catalogue, engine, export, folders, launcher, models, record, shapes, tracking
+from dlrscale import catalogue, data, engine, export, folders, launcher, models, record, shapes, tracking
 from dlrscale import config as configuration
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
@@ -192,10 +192,10 @@ def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_i
                 "harden_weight": (manifest["harden"] or {}).get("weight"),
             }
             settings["lock_id"] = manifest["lock_id"]
-    for key in ("model", "data", "heldout", "heldout_base"):
+    for key in ("model", "data", "heldout", "heldout_base", "chat_template"):
         if settings.get(key):
             settings[f"{key}_digest"] = configuration.digest(settings[key])
-            settings[key] = folders.shown_name(settings[key])
+            settings[key] = configuration.shown(settings[key])
     for key in (
         "out",
         "deepspeed_config",
@@ -282,6 +282,9 @@ def summary_lines(entry: dict[str, Any], out: Path) -> list[str]:
         lines.append(entry["error"])
     if entry["outcome"] != Outcome.OK.value:
         return lines
+    lost = data.left_out(metrics)
+    if lost:
+        lines.append(lost)
     if entry["kind"] == "lock":
         base, locked, flat = (metrics[f"loss/heldout_{k}"] for k in ("base_model", "locked", "flat"))
         errors = {k.rpartition("_")[2]: v for k, v in metrics.items() if k.startswith("lock/error_layer_")}

@@ -81,6 +81,8 @@ def load_corpora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpo
         ConfigError: If a file is wrong, or there is less than one global batch.
     """
 
+    chat_template = data.read_template(config.chat_template)
+
     def read(place: str, limit: int = 0, columns: Mapping[str, str] | None = config.columns) -> TokenData:
         return data.load(
             place,
@@ -88,6 +90,7 @@ def load_corpora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpo
             seq_len=config.seq_len,
             columns=columns,
             document_separator=config.document_separator,
+            chat_template=chat_template,
             limit=limit,
         )
 
@@ -101,7 +104,8 @@ def load_corpora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpo
     # Another domain's file may have other keys.
     own = read(base, config.heldout_limit, data.fitting_columns(base, config.columns)) if base else None
     corpora = Corpora(train, heldout, own, data.pad_id(tokenizer))
-    make_batches(config, corpora, 0, config.num_ranks)  # refuses less than one global batch
+    batches = make_batches(config, corpora, 0, config.num_ranks)  # refuses less than one global batch
+    train.counts.update(batches.unused(config.steps + getattr(config, "heal_steps", 0)))
     return corpora
 
 

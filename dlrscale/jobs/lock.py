@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from dlrscale import config as configuration
@@ -116,7 +115,7 @@ def lock_manifest(
         "harden": {"weight": config.harden_weight, "target": config.harden_target} if config.harden else None,
         "param_ratio": run_.metrics["params/ratio"],
         "recipe": {key: getattr(config, key) for key in recipe_keys},
-        "data": {"name": Path(config.data).name, "digest": configuration.digest(config.data)},
+        "data": {"name": configuration.shown(config.data), "digest": configuration.digest(config.data)},
         "losses": losses,
         "layer_errors": {str(layer): value for layer, value in errors.items()},
         "optimizer": ds.optimizer_class,

@@ -60,7 +60,9 @@ def shared_tokenizer(config: PretrainConfig, folder: Path) -> PreTrainedTokenize
     import torch.distributed as dist
 
     if dist.get_rank() == 0 and not folder.exists():
-        texts = data.documents(config.data, config.document_separator, dict.fromkeys(data.COUNT_KEYS, 0))
+        texts = data.documents(
+            config.data, config.document_separator, dict.fromkeys(data.COUNT_KEYS, 0), config.columns
+        )
         temporary = folder.with_name(".tokenizer.tmp")
         models.train_tokenizer(texts, config.vocabulary).save_pretrained(temporary)
         temporary.rename(folder)

@@ -128,6 +128,15 @@ def test_no_length_warning(tokenizer, write, caplog, monkeypatch):
     assert not caplog.records
 
 
+def test_three_stories_have_an_end_at_every_join(stories, write):
+    texts = ["Once upon a time.", "The dog ran.", "Tim was sad."]
+    alone = [[*stories(text).input_ids, EOS] for text in texts]
+    loaded = data.load(write("|".join(texts), "x.txt"), stories, seq_len=8, document_separator="|")
+    whole = sum(alone, [])
+    assert flat(loaded) == whole[: len(whole) // 8 * 8]
+    assert loaded.counts["leftover_tokens"] == len(whole) % 8
+
+
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
 @pytest.mark.parametrize("content", ["", "\n \r\n\n"])
 def test_empty_files_are_refused(tokenizer, write, name, content):
@@ -338,7 +347,7 @@ def test_embedded_text_is_packed(tokenizer):
 def numbered(count, length=4):
     """Items that can be told apart: item i holds the token 10 + i alone."""
     ids = [np.full(length, 10 + i, dtype=np.int64) for i in range(count)]
-    return data._token_data(ids, ids, packed=True, counts={})
+    return data.token_data(ids, ids, packed=True, counts={})
 
 
 def batches(loaded, micro, accumulation=1, rank=0, world=1, seed=0):
@@ -409,10 +418,43 @@ def test_unequal_records_count_globally(tokenizer, write):
     assert (layout.steps_per_epoch, layout.unused_per_epoch) == (2, 2)
 
 
+def test_items_that_no_step_takes_are_counted(tokenizer, write):
+    ten = data.load(write(pairs(*[("a", "b" * n) for n in range(1, 11)])), tokenizer, seq_len=32)
+    layout = batches(ten, 1, 4)
+    taken = [int(i) for k in range(2) for i in layout.items(k).reshape(-1)]
+    unused = [len(ten.input_ids[i]) for i in range(10) if i not in taken]
+    assert layout.unused(2) == {"unused_items": 2, "unused_tokens": sum(unused)}
+    assert layout.unused(1)["unused_items"] == 6
+    assert layout.unused(50) == {"unused_items": 0, "unused_tokens": 0}  # another pass leaves out others
+    assert sum(layout.step(k).tokens for k in range(2)) + sum(unused) == ten.counts["tokens"]
+
+
+def test_what_was_lost_is_one_line():
+    counts = dict.fromkeys(data.COUNT_KEYS, 0) | {"items": 8, "tokens": 80, "documents": 3}
+    metrics = {f"data/train_{key}": value for key, value in counts.items()}
+    assert data.left_out(metrics) is None
+    assert data.left_out({"loss/train": 1.0}) is None
+    metrics |= {"data/train_unused_items": 2, "data/train_dropped_records": 1, "data/heldout_leftover_tokens": 7.0}
+    line = data.left_out(metrics)
+    assert line == "data not used: train 1 dropped records, train 2 unused items, heldout 7 leftover tokens"
+
+
+def test_five_records_on_two_ranks_end_together_and_repeat_none():
+    """C14: the naive split gives rank 0 [0,1],[4] and rank 1 [2,3],[]."""
+    ranks = [batches(numbered(5), 2, rank=rank, world=2) for rank in range(2)]
+    assert {x.steps_per_epoch for x in ranks} == {1}
+    seen = [row for x in ranks for row in rows(x.step(0))]
+    assert len(set(seen)) == len(seen) == 4
+    assert ranks[0].unused(1)["unused_items"] == 1
+    for count, micro in ((1, 1), (3, 8)):
+        with pytest.raises(ConfigError, match=rf"{count} sequences.*global batch of {micro * 2}"):
+            batches(numbered(count), micro, world=2)
+
+
 def test_processed_tokens_count_padding():
     lengths = [10, 90] * 8
     ids = [np.full(n, 5, dtype=np.int64) for n in lengths]
-    step = batches(data._token_data(ids, ids, packed=False, counts={}), 16).step(0)
+    step = batches(data.token_data(ids, ids, packed=False, counts={}), 16).step(0)
     assert (step.tokens, step.processed_tokens) == (800, 1440)
 
 

@@ -100,7 +100,7 @@ def unequal(count=7):
     generator = np.random.default_rng(0)
     lengths = np.linspace(5, 40, count).astype(int)
     ids = [generator.integers(3, VOCABULARY, n) for n in lengths]
-    return data._token_data(ids, ids, packed=False, counts={})
+    return data.token_data(ids, ids, packed=False, counts={})
 
 
 def test_the_loss_does_not_depend_on_batch_and_ranks():
@@ -125,7 +125,7 @@ def test_the_loss_does_not_depend_on_batch_and_ranks():
 
 def test_no_label_is_refused():
     ids = [np.array([3, 4])]
-    empty = data._token_data(ids, [np.array([-100, -100])], packed=False, counts={})
+    empty = data.token_data(ids, [np.array([-100, -100])], packed=False, counts={})
     with pytest.raises(ConfigError, match="no label"):
         evaluate.heldout_loss(
             lambda i, _: torch.zeros(*i.shape, VOCABULARY),
@@ -145,9 +145,41 @@ def test_padding_does_not_change_a_real_model(stories):
     tokenizer, forward = stories
     texts = ["Once upon a time", "The dog ran to the big red house and sat down.", "Tim was sad. He cried."]
     ids = [np.array(tokenizer(t).input_ids) for t in texts]
-    loaded = data._token_data(ids, ids, packed=False, counts={})
+    loaded = data.token_data(ids, ids, packed=False, counts={})
     losses = [over_ranks(forward, loaded, b, w, pad=2)["loss"] for b in (1, 3) for w in (1, 2)]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+
+
+def test_records_do_not_see_each_other(stories):
+    """C13: three records of 5, 7 and 4 tokens cost the same together in a batch as one by one."""
+    tokenizer, forward = stories
+    whole = tokenizer("Once upon a time there was a big dog who ran to the red house.").input_ids
+    ids = [np.array([1, *whole[a:b]]) for a, b in ((1, 5), (5, 11), (11, 14))]
+    assert [len(x) for x in ids] == [5, 7, 4]
+    loaded = data.token_data(ids, [np.where(np.arange(len(x)) < 2, -100, x) for x in ids], packed=False, counts={})
+    alone = [over_ranks(forward, loaded.subset([i]), 1, 1) for i in range(3)]
+    nats = sum(x["loss"] * x["label_tokens"] for x in alone)
+    together = over_ranks(forward, loaded, 3, 1, pad=2)
+    assert together["loss"] * together["label_tokens"] == pytest.approx(nats, rel=1e-6)
+
+
+@pytest.mark.parametrize(("micro", "accumulation", "world"), [(8, 1, 1), (4, 2, 1), (1, 8, 1), (4, 1, 2), (1, 4, 2)])
+def test_the_training_loss_does_not_depend_on_the_layout(micro, accumulation, world):
+    """C08: the sum of nats of a step's micro-batches over its label tokens, whatever the split."""
+    table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    loaded = unequal(8)
+    terms = [reference(table[torch.from_numpy(x)][None], torch.from_numpy(x)[None])[0] for x in loaded.input_ids]
+    nats, labels = 0.0, set()
+    for rank in range(world):
+        plan = data.Batches(
+            loaded, seed=0, micro_batch=micro, accumulation=accumulation, rank=rank, world_size=world, pad_id=0
+        )
+        step = plan.step(0)
+        labels.add(step.label_tokens)
+        for inputs in step.micro_batches:
+            nats += evaluate.cross_entropy_sum(table[inputs["input_ids"]], inputs["labels"])[0].item()
+    assert labels == {sum(len(x) - 1 for x in loaded.input_ids)}
+    assert nats == pytest.approx(sum(terms), rel=1e-6)
 
 
 def test_known_loss_of_stories260k(stories):
@@ -159,7 +191,7 @@ def test_known_loss_of_stories260k(stories):
     ids = [np.array(tokenizer(d, verbose=False).input_ids) for d in documents if d]
     assert (len(ids), sum(map(len, ids))) == (271, 115_178)
     ids = sorted((x[:512] for x in ids), key=len)
-    loaded = data._token_data(ids, ids, packed=False, counts={})
+    loaded = data.token_data(ids, ids, packed=False, counts={})
     result = over_ranks(forward, loaded, 16, 1, pad=2)
     assert result["loss"] == pytest.approx(1.359, abs=5e-4)
     assert result["label_tokens"] == 102_154

@@ -53,7 +53,9 @@ TABLE: dict[str, Any] = {
         "tag_validation": str, "load_universal": bool, "use_node_local_storage": bool,
         "parallel_write": {"pipeline_stage": bool}, "checkpoint_serialization": bool, "writer": dict,
     },
-    "data_types": {"grad_accum_dtype": WORDS, "param_dtype": WORDS, "buffer_dtype": WORDS, "keep_in_fp32_modules": list},
+    "data_types": {
+        "grad_accum_dtype": WORDS, "param_dtype": WORDS, "buffer_dtype": WORDS, "keep_in_fp32_modules": list,
+    },
     "torch_autocast": {"enabled": bool, "dtype": str, "lower_precision_safe_modules": list},
     "aio": {
         "block_size": COUNT, "queue_depth": COUNT, "intra_op_parallelism": COUNT, "single_submit": bool,

@@ -13,6 +13,10 @@ WIDTH, INNER, LAYERS, LENGTH, VOCABULARY = 32, 48, 2, 64, 264
 TEXT = "Once upon a time there was a small fox. It sat in the grass and saw the sun go down.\n"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-examples", type=int, default=200, help="examples of each fuzz test")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE tokenizer of 264 tokens."""

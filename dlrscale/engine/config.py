@@ -233,7 +233,7 @@ def resolve_auto(file: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
     for path, values in decided.items():
         section, target = file, merged
         for key in path:
-            section, target = section.get(key) or {}, target.get(key) or {}
+            section, target = section.get(key, {}), target.get(key, {})
         target |= {key: values[key] for key, value in section.items() if value == "auto" and key in values}
     return without_auto(merged)  # fresh lists
 

@@ -144,7 +144,7 @@ def test_all_faults_are_told_with_their_paths(write, content, parts):
     [
         ("", "line 1, column 1", ("empty",)),
         (b"\xef\xbb\xbf{}", "line 1, column 1", ("byte order mark",)),
-        (b'{\n "a": "\xff"}', "line 2, column 7", ("UTF-8",)),
+        (b'{\n "a": "\xff"}', "line 2, column 8", ("UTF-8",)),
         ("[1]", "line 1, column 1", ("one JSON object",)),
         ('{\n  // fast\n  "steps_per_print": 1}', "line 2, column 3", ("no comments",)),
         ('{"bf16": {"enabled": true},\n "bf16": {}}', "line 2, column 2", ("bf16 stands there twice",)),

@@ -11,20 +11,26 @@ from hypothesis import strategies as st
 from dlrscale import cli, launcher
 
 SCALAR = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 70), st.sampled_from([0.5, 1e9, -1.0, 15099494.4, 1e-5]),
-    st.sampled_from(["auto", "2", "", "cpu", "none", "fp16"]), st.just([]), st.just({}), st.just([0.9, 0.99]),
-)  # fmt: skip
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.sampled_from([0.5, 1e9, -1.0, 15099494.4, 1e-5]),
+    st.sampled_from(["auto", "2", "", "cpu", "none", "fp16"]),
+    st.just([]),
+    st.just({}),
+    st.just([0.9, 0.99]),
+).map(lambda value: value)  # fmt: skip  (one branch where it stands in one_of)
 
 
 def mostly(*good):
     """Good values, and now and then anything."""
-    return st.one_of(*[st.sampled_from(good)] * 4, SCALAR)
+    return st.one_of(*[st.sampled_from(good)] * 20, SCALAR)
 
 
 def some(required=None, **optional):
     """An object with some of these keys, now and then one that is no key."""
     whole = st.fixed_dictionaries(required or {}, optional=optional)
-    return st.one_of(*[whole] * 8, SCALAR, st.builds(lambda d, k, v: d | {k: v}, whole, st.text(max_size=6), SCALAR))
+    return st.one_of(*[whole] * 20, SCALAR, st.builds(lambda d, k, v: d | {k: v}, whole, st.text(max_size=6), SCALAR))
 
 
 OFFLOAD = some({"device": mostly("cpu", "none")}, pin_memory=mostly(True, False), ratio=mostly(1.0))
@@ -44,7 +50,8 @@ FILES = some(
     scheduler=some(
         {"type": mostly("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")},
         params=some(
-            {"warmup_num_steps": mostly("auto", 3)}, total_num_steps=mostly("auto", 9), warmup_max_lr=mostly("auto", 0.1)
+            {"warmup_num_steps": mostly("auto", 3)},
+            total_num_steps=mostly("auto", 9), warmup_max_lr=mostly("auto", 0.1),
         ),
     ),
     bf16=some(enabled=mostly(True, False, "auto")),
@@ -88,7 +95,7 @@ def test_a_dry_run_ends_well_or_with_one_message(place, request, monkeypatch):
     folder, line = place
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(launcher, "run", lambda *_: pytest.fail("a rank would have started"))
-    ends = set()
+    ends = []
 
     @settings(
         max_examples=request.config.getoption("--fuzz-examples"), derandomize=True, deadline=None,
@@ -102,7 +109,7 @@ def test_a_dry_run_ends_well_or_with_one_message(place, request, monkeypatch):
         words = [job, *line, "--out", str(target), "--deepspeed_config", str(file), "--seq-len", "16"]
         words += [] if job == "lock" else ["--strategy", "full"]
         code, out, err = run(words + [word for pair in chosen.items() for word in pair])
-        ends.add(code)
+        ends.append(code)
         assert not target.exists()
         assert "Traceback" not in out + err
         if code == 0:
@@ -118,4 +125,4 @@ def test_a_dry_run_ends_well_or_with_one_message(place, request, monkeypatch):
             assert out == ""
 
     trial()
-    assert ends == {0, 2}
+    assert min(ends.count(0), ends.count(2)) >= len(ends) // 10  # both ways were tried

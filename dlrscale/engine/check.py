@@ -206,7 +206,8 @@ def check(file: dict[str, Any]) -> list[str]:
         whole = {k: v for k, v in file.items() if not any(re.match(rf"{re.escape(k)}[.: ]", f) for f in found)}
         zero = file.get("zero_optimization")
         if "zero_optimization" not in whole and isinstance(zero, dict):
-            parts = {k: zero.get(k) for k in ("stage", "offload_optimizer") if isinstance(zero.get(k), (int, dict))}
+            kinds = {"stage": int, "offload_optimizer": dict}
+            parts = {k: zero[k] for k, kind in kinds.items() if isinstance(zero.get(k), kind)}
             whole["zero_optimization"] = parts
         found += crossed(whole)
         return found or deepspeed_faults(file)

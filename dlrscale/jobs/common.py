@@ -55,6 +55,7 @@ class Run:
     sink: Any = None
     metrics: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    engine: Engine | None = None
 
     def start_engine(self, model: nn.Module, trainable: list[nn.Parameter]) -> Engine:
         """Start DeepSpeed on a model; the record tells what is really in use, and where the run goes on from.
@@ -76,6 +77,7 @@ class Run:
         now = Layout(self.config.num_ranks, int(file_levers(self.ds_config)["zero"]))
         checkpoint = find_checkpoint(self.out / CHECKPOINT_FOLDER, now)
         ds = Engine(model, trainable, self.ds_config, checkpoint)
+        self.engine = ds
         self.notes |= ds.describe()
         if checkpoint is not None:
             self.notes["resumed"] = {"step": checkpoint.step, "written_by": str(checkpoint.written)}

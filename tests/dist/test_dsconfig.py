@@ -79,7 +79,16 @@ def one_rank(tmp_path_factory, place, start_ranks):
         "flops_profiler": {"enabled": True, "profile_step": 2, "output_file": str(folder / "flops.txt")},
     }  # fmt: skip
     cases.append(case(folder, place, "rare", rare))
-    done = start_ranks(1, cases)
+    resumes = []
+    for stage in (0, 2, 3):
+        path = folder / f"resume{stage}.json"
+        path.write_text(json.dumps({"optimizer": adamw, "scheduler": WARMUP_DECAY, "zero_optimization": zero(stage)}))
+        own = {"deepspeed_config": str(path)}
+        resumes.append({"run": "checkpoint", "ranks": 1, "zero": stage, "folder": f"{folder}/c{stage}", "config": own})
+    done = start_ranks(1, cases + resumes)
+    for case_, resumed in zip(resumes, done[len(cases) :], strict=True):  # by the file's schedule
+        assert resumed["resumed"] == resumed["whole"], case_
+    done = done[: len(cases)]
     assert [(c["config"]["name"], r) for c, r in zip(cases, done, strict=True) if r != {"code": 0}] == []
     return folder
 

@@ -78,7 +78,8 @@ OPTIONS = st.fixed_dictionaries(
         "--micro-batch": option("124", ["0", "-1", "x"]), "--accumulation": option("12", "0"),
         "--num-ranks": option("12", "0"), "--zero": option("0123", "4"), "--dtype": option(["fp32", "bf16"], ["fp16"]),
         "--lr": option(["1e-3", "0"], ["nan", "-1"]), "--warmup-steps": option("03", ["-2"]),
-        "--steps": option(["1", "20"], "0"), "--seq-len": option(["16"], ["1", "100000"]), "--seed": option("0", ["-1"]),
+        "--steps": option(["1", "20"], "0"), "--seq-len": option(["16"], ["1", "100000"]),
+        "--seed": option("0", ["-1"]),
     },
 )  # fmt: skip
 

@@ -45,7 +45,7 @@ DATA_OPTIONS = options(
 TRAIN_OPTIONS = options(
     click.option("--steps", type=int, default=300, show_default=True, help="Optimizer steps."),
     click.option("--lr", type=float, help="Peak learning rate.  [default: the DeepSpeed file's, or 3e-3]"),
-    click.option("--warmup-steps", type=int, default=10, show_default=True, help="Steps of linear warm-up."),
+    click.option("--warmup-steps", type=int, help="Steps of linear warm-up.  [default: 10]"),
 )
 RUN_OPTIONS = options(
     click.option("--out", type=PATH, help="Folder of the run.  [default: results/<name>-<8 digits>]"),

@@ -76,12 +76,7 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     values["columns"] = parse_columns(values.get("columns"))
     values |= dataclasses.asdict(levers)
     file = engine.read_file(values["deepspeed_config"]) if values.get("deepspeed_config") else {}
-    dtype = engine.file_dtype(file)
-    if dtype and values.get("dtype") and values["dtype"] != dtype:
-        raise ConfigError(
-            f"--dtype {values['dtype']} and {dtype}.enabled in {values['deepspeed_config']} differ. Give one."
-        )
-    values["dtype"] = values.get("dtype") or dtype
+    values["dtype"] = engine.resolve_dtype(file, values.get("dtype"))
     if "scheduler" in file and kind is LockConfig:
         raise ConfigError(
             f"scheduler in {values['deepspeed_config']}: a lock has two stages with rates of their own. Take the "
@@ -95,11 +90,10 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
             f"--num-ranks {values['num_ranks']} and the {slots} slots of {values['hostfile']} differ. Give one of them."
         )
     values["num_ranks"] = values.get("num_ranks") or slots or engine.device_count()
-    values["lr"] = resolve_rate(file, values.get("lr"))
+    values["lr"], values["warmup_steps"] = engine.resolve_rates(file, values.get("lr"), values.get("warmup_steps"))
     values["micro_batch"], values["accumulation"] = engine.resolve_batch(
         file, values.get("micro_batch"), values.get("accumulation"), values["num_ranks"]
     )
-    values["dtype"] = values.get("dtype") or ("fp32" if engine.device_type() == "cpu" else "bf16")
     if values.get("tracking_uri") != "none":
         values["tracking_uri"] = tracking.resolve(values.get("tracking_uri"))
     values["name"] = values.get("name") or default_name
@@ -156,28 +150,6 @@ def typed() -> list[str]:
     """The command's words as they were typed; none where a configuration is built outside of a command."""
     context = click.get_current_context(silent=True)
     return list(context.obj or []) if context else []
-
-
-def resolve_rate(file: dict[str, Any], given: float | None) -> float:
-    """The peak rate: the command's, else the DeepSpeed file's, else 3e-3.
-
-    Args:
-        file: The DeepSpeed file's content; empty where there is none.
-        given: The value of `--lr`; None where it was not given.
-
-    Returns:
-        The peak learning rate.
-
-    Raises:
-        ConfigError: If both give one and they differ.
-    """
-    held = (file.get("optimizer") or {}).get("params", {}).get("lr")
-    held = held if isinstance(held, (int, float)) else None
-    if held is not None and given is not None and held != given:
-        raise ConfigError(
-            f"--lr {given} and optimizer.params.lr {held} in the DeepSpeed file differ. Give one of them."
-        )
-    return float(given if given is not None else 3e-3 if held is None else held)
 
 
 def inside_launch() -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dlrscale.config import RunConfig
+from dlrscale.engine.check import check, parse, without_auto
 from dlrscale.engine.devices import device_type
+from dlrscale.engine.optimizers import ADAM_TYPES, for_torch, schedule_takes, takes_torch_adam
 from dlrscale.errors import ConfigError
 
 ADAM = {"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
@@ -50,26 +48,22 @@ def lever_config(zero: int, offload_optimizer: bool, offload_param: bool) -> dic
 
 
 def read_file(path: str) -> dict[str, Any]:
-    """Read a DeepSpeed JSON file.
+    """Read a DeepSpeed JSON file and check all of it.
 
     Args:
         path: The file.
 
     Returns:
-        Its content.
+        Its content; "auto" still stands where `merge` resolves it.
 
     Raises:
-        ConfigError: If it is missing or no JSON object.
+        ConfigError: If it is missing or no JSON object, or with every fault in it.
     """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(f"--deepspeed_config {path}: no such file. Name one of ds_configs/ or your own.") from None
-    except ValueError as error:
-        raise ConfigError(f"--deepspeed_config {path}: no JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"--deepspeed_config {path}: must hold one JSON object.")
-    return value
+    file = parse(path)
+    faults = check(file)
+    if faults:
+        raise ConfigError([f"--deepspeed_config {path}:", *faults])
+    return file
 
 
 def file_levers(file: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,49 +142,131 @@ def resolve_batch(file: Mapping[str, Any], micro: int | None, accumulation: int 
     return 4 if micro is None else micro, 1 if accumulation is None else accumulation
 
 
-def compiler() -> str | None:
-    """The C++ compiler that DeepSpeed would build its operators with, if one is there."""
-    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+def resolve_dtype(file: Mapping[str, Any], given: str | None) -> str:
+    """The precision of a run: the command's, else the DeepSpeed file's, else bf16, on the CPU fp32.
+
+    Args:
+        file: The DeepSpeed file's content; empty where there is none.
+        given: The value of `--dtype`; None where it was not given.
+
+    Returns:
+        `fp32`, `bf16` or `fp16`.
+
+    Raises:
+        ConfigError: If both decide and they differ.
+    """
+    decided = file_dtype(file)
+    if decided and given and given != decided:
+        raise ConfigError(f"--dtype {given} and {decided}.enabled true in the DeepSpeed file differ. Give one.")
+    off = [k for k in ("bf16", "fp16") if (file.get(k) or {}).get("enabled", "auto" if k in file else None) is False]
+    if given in off:
+        raise ConfigError(f"--dtype {given} and {given}.enabled false in the DeepSpeed file differ. Give one.")
+    usual = "fp32" if device_type() == "cpu" or "bf16" in off else "bf16"
+    return given or decided or usual
 
 
-def without_auto(value: Any) -> Any:
-    """A copy of a DeepSpeed file's content in which "auto" is left to us or to DeepSpeed's own default."""
-    if isinstance(value, Mapping):
-        return {k: without_auto(v) for k, v in value.items() if v != "auto"}
-    return [without_auto(v) for v in value] if isinstance(value, list) else value
+def resolve_rates(file: Mapping[str, Any], lr: float | None, warmup_steps: int | None) -> tuple[float, int]:
+    """Peak rate and warm-up of a run: the command's, else the DeepSpeed file's, else 3e-3 and 10.
+
+    Args:
+        file: The DeepSpeed file's content; empty where there is none.
+        lr: The value of `--lr`; None where it was not given.
+        warmup_steps: The value of `--warmup-steps`; None where it was not given.
+
+    Returns:
+        The peak learning rate and the steps of warm-up.
+
+    Raises:
+        ConfigError: If both give one and they differ, or the file's schedule would leave one unused.
+    """
+    faults = []
+    held = (file.get("optimizer") or {}).get("params", {}).get("lr")
+    held = None if held == "auto" else held
+    if held is not None and lr is not None and held != lr:
+        faults.append(f"--lr {lr} and optimizer.params.lr {held} in the DeepSpeed file differ. Give one of them.")
+    if "scheduler" in file:
+        takes = schedule_takes(file["scheduler"])
+        for key, flag, value in (("lr", "--lr", lr), ("warmup_steps", "--warmup-steps", warmup_steps)):
+            if value is not None and not takes[key]:
+                faults.append(
+                    f"{flag} {value} and scheduler {file['scheduler']['type']} in the DeepSpeed file: the schedule "
+                    f"decides the rate, and {flag} would be without effect. Leave one of them out."
+                )
+    if faults:
+        raise ConfigError(faults)
+    peak = lr if lr is not None else 3e-3 if held is None else held
+    return float(peak), 10 if warmup_steps is None else warmup_steps
+
+
+def resolve_auto(file: Mapping[str, Any], config: RunConfig) -> dict[str, Any]:
+    """A copy of a DeepSpeed file's content in which every "auto" is decided.
+
+    Batch sizes, rate and precision are set by `merge` in any case, and are left out here.
+
+    Args:
+        file: The content, checked.
+        config: The resolved configuration of the run.
+
+    Returns:
+        The content without an "auto".
+    """
+    merged = without_auto(file)
+    if file.get("gradient_clipping") == "auto":
+        merged["gradient_clipping"] = 1.0
+    zero = lever_config(3, False, False)["zero_optimization"] | {
+        "allgather_bucket_size": 500_000_000,
+        "sub_group_size": 1_000_000_000,
+    }
+    optimizer = file.get("optimizer") or {}
+    decided = {
+        ("zero_optimization",): zero,
+        ("optimizer", "params"): ADAM if str(optimizer.get("type")).lower() in ADAM_TYPES else {"weight_decay": 0.0},
+        ("scheduler", "params"): {
+            "total_num_steps": config.steps,
+            "warmup_num_steps": max(1, config.warmup_steps),
+            "warmup_min_lr": 0.0,
+            "warmup_max_lr": config.lr,
+        },
+        ("bf16",): {"enabled": config.dtype == "bf16"},
+        ("fp16",): {"enabled": config.dtype == "fp16"},
+    }
+    for path, values in decided.items():
+        section, target = file, merged
+        for key in path:
+            section, target = section.get(key, {}), target.get(key, {})
+        target |= {key: values[key] for key, value in section.items() if value == "auto" and key in values}
+    return without_auto(merged)  # fresh lists
 
 
 def merge(config: RunConfig) -> dict[str, Any]:
     """The configuration that DeepSpeed gets: the user's file or the levers', with batch, rate and precision.
 
-    Where nothing can or need be compiled (no C++ compiler, or a CPU-only job), torch's AdamW takes the place
-    of DeepSpeed's own CPU Adam; the record names the class in use.
+    Where nothing can or need be compiled (no C++ compiler, or a CPU-only job), torch's Adam or AdamW takes the place
+    of DeepSpeed's own with all its parameters; the record names the class in use.
 
     Args:
         config: The resolved configuration of the run.
 
     Returns:
-        The DeepSpeed configuration, ready for `deepspeed.initialize`.
+        The DeepSpeed configuration, ready for `deepspeed.initialize`; it holds no "auto".
 
     Raises:
-        ConfigError: If the user's file contradicts the run's settings.
+        ConfigError: If something is wrong in the user's file.
     """
     if config.deepspeed_config:
-        merged = read_file(config.deepspeed_config)
+        merged = resolve_auto(read_file(config.deepspeed_config), config)
     else:
-        merged = lever_config(config.zero, config.offload_optimizer, config.offload_param)
-    merged = without_auto(merged)
+        merged = without_auto(lever_config(config.zero, config.offload_optimizer, config.offload_param))
     for key in RUN_KEYS:
         merged.pop(key, None)
     merged["train_micro_batch_size_per_gpu"] = config.micro_batch
     merged["gradient_accumulation_steps"] = config.accumulation
     merged["train_batch_size"] = config.global_batch
     optimizer = merged.setdefault("optimizer", {"type": "AdamW", "params": {**ADAM, "torch_adam": True}})
-    parameters = optimizer.setdefault("params", {})
-    parameters["lr"] = config.lr
+    optimizer.setdefault("params", {})["lr"] = config.lr
     offload = file_levers(merged)["offload_optimizer"]
-    if optimizer["type"] in ("Adam", "AdamW") and (device_type() == "cpu" or (offload and not compiler())):
-        parameters["torch_adam"] = True
+    if takes_torch_adam(optimizer, offload):
+        optimizer["params"] = for_torch(optimizer["params"])
         if offload:
             merged["zero_force_ds_cpu_optimizer"] = False
     if config.dtype in ("bf16", "fp16"):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+NOT_TOLD = ("params", "lr", "step")  # of an optimizer's group: what is no setting
+
+
 class Engine:
     """A DeepSpeed engine on one model, with the few verbs that the training loop needs.
 
@@ -84,6 +87,35 @@ class Engine:
         inner = self._inner_optimizer
         return f"{type(inner).__module__}.{type(inner).__name__}"
 
+    def describe(self) -> dict[str, Any]:
+        """What is really in use, for the record: optimizer, its groups, precisions, and what this rank has offloaded.
+
+        Bytes are those of master weights and optimizer states (`offloaded_optimizer_bytes`) and of this rank's
+        share of the parameters (`offloaded_param_bytes`) in host memory; 0 where nothing is offloaded.
+        """
+        import torch
+
+        inner, levers = self._inner_optimizer, file_levers(self.config)
+        held = [p for group in inner.param_groups for p in group["params"]]
+        states = [v for state in inner.state.values() for v in state.values() if torch.is_tensor(v)]
+        trained = [p for p in self.module.parameters() if id(p) in self._trained]
+        shards = [getattr(p, "ds_tensor", None) for p in self.module.parameters()]
+
+        def on_host(tensors: list[torch.Tensor | None]) -> int:
+            return sum(t.numel() * t.element_size() for t in tensors if t is not None and t.device.type == "cpu")
+
+        return {
+            "optimizer": self.optimizer_class,
+            "optimizer_groups": [
+                {k: v for k, v in group.items() if isinstance(v, (bool, int, float, list, tuple)) and k not in NOT_TOLD}
+                for group in inner.param_groups
+            ],
+            "parameter_dtype": _names(trained),
+            "master_dtype": _names(held),
+            "offloaded_optimizer_bytes": on_host(held + states) if levers["offload_optimizer"] else 0,
+            "offloaded_param_bytes": on_host(shards) if levers["offload_param"] else 0,
+        }
+
     def set_lr(self, lr: float) -> None:
         """Set the rate of every parameter group, unless the DeepSpeed file brought a schedule of its own."""
         if not self.own_schedule:
@@ -93,7 +125,7 @@ class Engine:
     @property
     def lr(self) -> float:
         """The rate that the optimizer's first group holds."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        return float(self._inner_optimizer.param_groups[0]["lr"])
 
     def backward(self, loss: torch.Tensor, scale: float) -> None:
         """Backward of `loss * scale` through DeepSpeed, which divides by the accumulation and averages over ranks."""
@@ -258,7 +290,17 @@ class Engine:
         path, state = self.ds.load_checkpoint(str(folder), tag=name, load_module_strict=False)
         if path is None:
             raise JobError(f"DeepSpeed could not load {folder}/{name}. Delete that folder to go on from an older one.")
+        schedule = self.ds.lr_scheduler
+        if self.own_schedule and schedule.last_batch_iteration >= 0:
+            # DeepSpeed restores the schedule's step, but sets its rate only after the next one.
+            for group, lr in zip(self._inner_optimizer.param_groups, schedule.get_lr(), strict=True):
+                group["lr"] = lr
         return state["dlrscale"]
+
+
+def _names(tensors: list[torch.Tensor]) -> str:
+    """The dtypes of some tensors in words."""
+    return ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
 
 
 def _on_disk(folder: Path, names: list[str]) -> dict[str, tuple[int, str]]:

@@ -117,6 +117,7 @@ def run(
         outcome, error, code = Outcome.OK, None, 0
         try:
             BODIES[config.kind](job)
+            job.notes |= job.engine.describe()  # with the states that the optimizer made in its first step
         except Diverged as reason:
             outcome, error, code = Outcome.DIVERGED, str(reason), launcher.EXIT_DIVERGED
         except ConfigError as reason:

@@ -15,6 +15,7 @@ from dlrscale import data
 from dlrscale.config import RunConfig
 from dlrscale.data import Batches, TokenData
 from dlrscale.engine import Engine, Layout, file_levers, find_checkpoint
+from dlrscale.errors import ConfigError
 from dlrscale.evaluate import heldout_loss
 from dlrscale.measure import Phases
 from dlrscale.train import CHECKPOINT_FOLDER
@@ -54,13 +55,30 @@ class Run:
     sink: Any = None
     metrics: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    engine: Engine | None = None
 
     def start_engine(self, model: nn.Module, trainable: list[nn.Parameter]) -> Engine:
-        """Start DeepSpeed on a model; the record names the optimizer's class, and where the run goes on from."""
+        """Start DeepSpeed on a model; the record tells what is really in use, and where the run goes on from.
+
+        Args:
+            model: The model.
+            trainable: The parameters to train.
+
+        Returns:
+            The engine.
+
+        Raises:
+            ConfigError: If there is nothing to train.
+        """
+        if not trainable:
+            raise ConfigError(
+                "No parameter of the model is trainable: there is nothing to train. Take another strategy."
+            )
         now = Layout(self.config.num_ranks, int(file_levers(self.ds_config)["zero"]))
         checkpoint = find_checkpoint(self.out / CHECKPOINT_FOLDER, now)
         ds = Engine(model, trainable, self.ds_config, checkpoint)
-        self.notes["optimizer"] = ds.optimizer_class
+        self.engine = ds
+        self.notes |= ds.describe()
         if checkpoint is not None:
             self.notes["resumed"] = {"step": checkpoint.step, "written_by": str(checkpoint.written)}
             self.notes["resumed"]["skipped"] = {f"step{step}": why for step, why in checkpoint.skipped.items()}

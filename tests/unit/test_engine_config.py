@@ -164,11 +164,11 @@ def test_merge_on_the_cpu_takes_torchs_optimizer_when_offloading():
 def test_merge_with_an_accelerator_keeps_deepspeeds_cpu_adam_if_it_can_be_built(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     config = RunConfig(**PLACES, zero=2, offload_optimizer=True)
-    monkeypatch.setattr(engine.config, "compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(engine.optimizers, "compiler", lambda: "/usr/bin/g++")
     merged = engine.merge(config)
     assert "zero_force_ds_cpu_optimizer" not in merged
     assert "torch_adam" not in merged["optimizer"]["params"]
-    monkeypatch.setattr(engine.config, "compiler", lambda: None)
+    monkeypatch.setattr(engine.optimizers, "compiler", lambda: None)
     assert engine.merge(config)["zero_force_ds_cpu_optimizer"] is False
 
 
@@ -230,7 +230,11 @@ def test_auto_is_resolved_everywhere(tmp_path):
     assert engine.resolve_batch(engine.read_file(str(file)), 2, None, 2) == (2, 1)
     merged = engine.merge(RunConfig(**PLACES, zero=3, deepspeed_config=str(file), micro_batch=2, num_ranks=2, lr=0.5))
     assert "auto" not in json.dumps(merged)
-    assert merged["zero_optimization"] == {"stage": 3}
+    assert merged["zero_optimization"] == {
+        "stage": 3,
+        "reduce_bucket_size": 500_000_000,
+        "stage3_prefetch_bucket_size": 50_000_000,
+    }
     assert merged["train_batch_size"] == 4
     assert merged["optimizer"]["params"]["lr"] == 0.5
     assert not merged["bf16"].get("enabled")

@@ -212,7 +212,7 @@ def check_family(folder: str) -> None:
 def attack_configs(options: dict[str, Any], base: str | None, strategy: str, knobs: tuple[str, ...]) -> list[Any]:
     """The configurations of an attack: of the base model, if given, and of the model itself."""
     from dlrscale import config as configuration
-    from dlrscale import folders, models, shapes
+    from dlrscale import folders, shapes
     from dlrscale.cli.run import choose_levers, resolve
     from dlrscale.config import AttackConfig
 
@@ -222,6 +222,8 @@ def attack_configs(options: dict[str, Any], base: str | None, strategy: str, kno
     options = options | {"model": str(folders.find_model(options["model"]))}
     shared = options | {"strategy": strategy, "knobs": entry.resolve_knobs(pairs)}
     base = base and str(folders.find_model(base, "--base"))
+    from dlrscale import models  # torch and transformers: a mistyped name was told before
+
     for folder in filter(None, (options["model"], base)):
         check_family(folder)
         models.check_folder(folder)

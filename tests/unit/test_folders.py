@@ -116,6 +116,24 @@ def test_the_command_refuses_a_hub_id_offline(here, capsys):
     assert [p.name for p in here.iterdir()] == ["data.txt"]
 
 
+def test_a_mistyped_name_is_told_in_two_seconds(tmp_path):
+    """Through the command as people call it: before torch is imported."""
+    import subprocess
+    import sys
+
+    (tmp_path / "data.txt").write_text("x")
+    (tmp_path / "S_type").mkdir()
+    code = "import sys\nfrom dlrscale.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+    for line in (["lock"], ["attack", "--strategy", "full", "--base", "./S_typo"]):
+        line = [sys.executable, "-c", code, *line, "--model", "./S_typo", "--data", "data.txt"]
+        start = time.monotonic()
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert time.monotonic() - start < 2
+        assert done.returncode == 2
+        assert f"{tmp_path / 'S_typo'} (near: S_type)" in done.stderr
+        assert done.stdout == "False\n"
+
+
 # --- Weight files -----------------------------------------------------------------------------------------------
 
 

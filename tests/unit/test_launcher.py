@@ -76,6 +76,41 @@ def test_environment_of_ranks(monkeypatch):
     assert launcher.environment(3)["OMP_NUM_THREADS"] == "5"
 
 
+def test_a_usable_home_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert launcher.usable_home() == {}
+
+
+def test_a_user_without_a_home_gets_one_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(launcher.os.path, "expanduser", lambda path: path)
+    home = launcher.usable_home()["HOME"]
+    assert os.path.dirname(home) == str(tmp_path)
+    assert os.stat(home).st_mode & 0o777 == 0o700
+    assert launcher.usable_home() == {"HOME": home}
+    os.chmod(home, 0o777)  # others could put code into it
+    monkeypatch.setattr(launcher.tempfile, "tempdir", str(tmp_path))
+    assert launcher.usable_home()["HOME"] != home
+
+
+def test_caches_move_from_where_they_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher.tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / "home").touch()  # nothing can be made below a file
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for key in ("XDG_CACHE_HOME", "TRITON_HOME", "HF_HOME"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("MPLCONFIGDIR", "/chosen")
+    moved = launcher.usable_home()
+    assert set(moved) == {"XDG_CACHE_HOME", "TRITON_HOME"}
+    assert all(value.startswith(str(tmp_path / "dlrscale-")) for value in moved.values())
+    # A hub's cache that can be read stays in use.
+    (tmp_path / "cache" / "huggingface").mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(launcher.os, "access", lambda *args: False)
+    assert launcher.usable_home()["HF_HOME"] == str(tmp_path / "cache" / "huggingface")
+
+
 def test_hostfile_slots(tmp_path):
     file = tmp_path / "hosts"
     file.write_text("# ours\na slots=8\n\n  b   slots=4  # half\n")

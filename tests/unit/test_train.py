@@ -252,3 +252,31 @@ def test_language_modelling_counts_saved_bytes_once(make_llama, fake_engine, ste
     assert objective.counter is None
     objective(fake_engine(model), batch, Phases(CPU))
     assert objective.counted == counted
+
+
+def test_an_overfitted_model_stops_where_the_completion_ends(tmp_path, make_llama, tokenizer):
+    """With pad = eos the end token keeps its label: 60 steps on one pair teach the word and the stop."""
+    from dlrscale import data
+
+    padded = copy.deepcopy(tokenizer)
+    padded.pad_token = padded.eos_token
+    file = tmp_path / "pair.jsonl"
+    file.write_text(json.dumps({"prompt": "Once upon a", "completion": " time"}) + "\n")
+    found = data.load(str(file), padded, seq_len=32)
+    batch = data.Batches(
+        found, seed=0, micro_batch=1, accumulation=1, rank=0, world_size=1, pad_id=data.pad_id(padded)
+    ).step(0)
+    (micro,) = batch.micro_batches
+    torch.manual_seed(0)
+    model = make_llama(eos_token_id=padded.eos_token_id, pad_token_id=padded.pad_token_id).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        logits = model(input_ids=micro["input_ids"], attention_mask=micro["attention_mask"]).logits
+        nats, count = train.cross_entropy_sum(logits, micro["labels"])
+        (nats / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    prompt = padded("Once upon a", return_tensors="pt")["input_ids"]
+    out = model.eval().generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :].tolist()
+    assert out[-1] == padded.eos_token_id
+    assert padded.decode(out, skip_special_tokens=True) == " time"

@@ -58,10 +58,16 @@ class Engine:
             passed["checkpoint"] = passed.get("checkpoint", {}) | {"load_universal": True}
         # A bf16 engine casts buffers too; those that the model keeps in fp32 (rotary frequencies) must stay so.
         kept = {name: b.clone() for name, b in model.named_buffers() if b.dtype.is_floating_point and b.numel() > 1}
+        # DeepSpeed's half-precision wrappers at stage 0 make the optimizer's states by a step with zero gradients: it
+        # would decay the weights, and Adam counts it, so that its bias correction would be one step late.
+        parameters = (passed.get("optimizer") or {}).get("params") or {}
+        decay = parameters.get("weight_decay") if self.stage == 0 else None
+        if decay:
+            parameters["weight_decay"] = 0.0
         self.ds, self.optimizer, _, _ = deepspeed.initialize(model=model, model_parameters=trainable, config=passed)
         self.device = self.ds.device
-        # DeepSpeed's half-precision wrappers at stage 0 make the optimizer's states by a step with zero gradients,
-        # and Adam counts it: its bias correction would be one step late, unlike at the other stages.
+        for group in self._inner_optimizer.param_groups if decay else ():
+            group["weight_decay"] = decay
         for state in self._inner_optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"].zero_()

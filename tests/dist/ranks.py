@@ -130,8 +130,6 @@ def lock(case: dict) -> dict:
 
 def attack(case: dict) -> dict:
     """Three steps of next-token training on all parameters; losses, rates and final weights."""
-    from dlrscale.jobs.common import whole_state
-
     config = settings(AttackConfig, case)
     model = tiny_llama().train()
     if config.dtype == "bf16":
@@ -146,7 +144,7 @@ def attack(case: dict) -> dict:
         "losses": [row["loss/train"] for row in rows],
         "rates": [row["lr"] for row in rows],
         "norms": [row["optim/grad_norm"] for row in rows],
-        "weights": norms_and_sums(whole_state(ds, model)),
+        "weights": norms_and_sums(whole(ds, model)),
     }
 
 
@@ -191,6 +189,30 @@ def job(case: dict) -> dict:
     from dlrscale import config, jobs
 
     return {"code": jobs.run(config.from_json(json.dumps(case["config"])))}
+
+
+def decayed(case: dict) -> dict:
+    """How far weights move, relative to the largest, in making an engine and one step at rate 0; decay is on."""
+    config = settings(AttackConfig, case)
+    model = tiny_llama().train()
+    if config.dtype == "bf16":
+        model = model.bfloat16()
+    ds_config = merged(config)
+    ds_config["optimizer"]["params"] |= {"weight_decay": 0.5, "lr": 0.5}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ds = engine.Engine(model, list(model.parameters()), ds_config)
+    decay = {group["weight_decay"] for group in ds.optimizer.param_groups}
+    ds.set_lr(0.0)
+    LanguageModelling()(ds, batches(config, ds).step(0), Phases(ds.device))
+    moved = max(float((after - before[n]).abs().max() / before[n].abs().max()) for n, after in whole(ds, model).items())
+    return {"moved": moved, "decay": sorted(decay)}
+
+
+def whole(ds: engine.Engine, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The engine's weights by name."""
+    from dlrscale.jobs.common import whole_state
+
+    return whole_state(ds, model)
 
 
 def cut_job(case: dict) -> dict:

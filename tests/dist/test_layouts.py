@@ -34,6 +34,7 @@ LOCKS = [{"run": "lock", **layout} for layout in LAYOUTS + OFFLOADS]
 BF16_LOCKS = [{"run": "lock", "dtype": "bf16", **layout} for layout in LAYOUTS[2::4] + OFFLOADS]
 ATTACKS = [{"run": "attack", **layout} for layout in LAYOUTS[2:] + OFFLOADS]
 CHECKPOINTS = [{"run": "checkpoint", "zero": zero, "ranks": 2} for zero in (0, 1, 2, 3)]
+DECAYED = [{"run": "decayed", "zero": zero, "ranks": 1, "dtype": "bf16"} for zero in (0, 1, 2, 3)]
 WRITTEN_BY_ONE = [{"run": "checkpoint", "zero": zero, "ranks": 1} for zero in (0, 1, 3)]
 READ_BY_TWO = [
     {"run": "checkpoint", "zero": zero, "ranks": 2, "only_resume": written["zero"]}
@@ -46,7 +47,7 @@ def results(tmp_path_factory, start_ranks) -> dict[str, dict]:
     """Results of all cases by the case's JSON."""
     folder = tmp_path_factory.mktemp("ranks")
     found = {}
-    everything = LOCKS + BF16_LOCKS + ATTACKS + CHECKPOINTS + WRITTEN_BY_ONE + READ_BY_TWO
+    everything = LOCKS + BF16_LOCKS + ATTACKS + CHECKPOINTS + DECAYED + WRITTEN_BY_ONE + READ_BY_TWO
     for num_ranks in (1, 2):
         chosen = [case for case in everything if case["ranks"] == num_ranks]
         sent = [
@@ -242,6 +243,12 @@ def test_checkpoint_goes_on_in_another_layout(written: dict, read: dict, results
     assert result["resumed"] == pytest.approx(whole["whole"], rel=1e-5)
     assert result["state"] == {"note": "kept"}
     assert result["found"] == [4]
+
+
+@pytest.mark.parametrize("case", DECAYED, ids=name)
+def test_making_an_engine_decays_no_weight(case: dict, results: dict) -> None:
+    """DeepSpeed's empty step at stage 0 in bf16 would take a quarter of each weight here; the decay itself stays on."""
+    assert get(results, case) == {"moved": 0.0, "decay": [0.5]}
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS, ids=name)

@@ -21,7 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dlrscale.engine.optimizers import AUTO, nearest, optimizer_faults, scheduler_faults
+from dlrscale.engine.optimizers import (
+    AUTO,
+    cpu_adam_faults,
+    has_async_io,
+    nearest,
+    optimizer_faults,
+    scatter_faults,
+    scheduler_faults,
+)
 from dlrscale.errors import ConfigError
 
 if typing.TYPE_CHECKING:
@@ -91,6 +99,8 @@ REFUSED_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "zero_optimization.zero_quantized_nontrainable_weights": (bool, "it rounds the weights that are measured"),
     "zero_optimization.zero_quantized_gradients": (bool, "it rounds gradients, which dlrscale records as exact"),
     "zero_optimization.elastic_checkpoint": (bool, "dlrscale converts checkpoints for other numbers of ranks itself"),
+    "zero_optimization.offload_optimizer.super_offload": (bool, "nobody has tried it here"),
+    "comet.api_key": (bool, "it would stand in the record; set COMET_API_KEY in the environment"),
     "zero_optimization.compute_grad_norm": (lambda v: v is False, "dlrscale records the norm of every step"),
 }
 RENAMED = {"bfloat16": "bf16", "allgather_size": "zero_optimization.allgather_bucket_size"}
@@ -370,6 +380,8 @@ def crossed(file: Mapping[str, Any]) -> list[str]:
             found.append(f"zero_optimization.{key}.nvme_path: missing, and the device is nvme. Name a folder there.")
         if place.get("device") == "nvme" and section.get("stage") != 3:
             found.append(f"zero_optimization.{key}.device nvme: needs zero_optimization.stage 3. Take cpu.")
+        elif place.get("device") == "nvme" and not has_async_io():
+            found.append(f"zero_optimization.{key}.device nvme: DeepSpeed's async_io cannot be built here. Take cpu.")
     for key, package in MONITORS.items():
         if package and (file.get(key) or {}).get("enabled") and not importable(package):
             found.append(f"{key}.enabled: the package {package} is not installed. Install it, or take the section out.")
@@ -377,7 +389,7 @@ def crossed(file: Mapping[str, Any]) -> list[str]:
         found += optimizer_faults(file["optimizer"], file)
     if "scheduler" in file:
         found += scheduler_faults(file["scheduler"])
-    return found
+    return found + scatter_faults(file, section) + cpu_adam_faults(file, section)
 
 
 def deepspeed_faults(file: Mapping[str, Any]) -> list[str]:

@@ -235,7 +235,8 @@ def for_torch(params: Mapping[str, Any]) -> dict[str, Any]:
 
     `bias_correction` true is what torch always does, and `set_grad_none` says nothing of the update.
     """
-    return {k: v for k, v in params.items() if k not in ("bias_correction", "set_grad_none")} | {"torch_adam": True}
+    kept = {k: v for k, v in params.items() if k not in ("bias_correction", "set_grad_none")}
+    return {"weight_decay": 0.0} | kept | {"torch_adam": True}  # torch's own default for AdamW is 0.01
 
 
 def schedule_takes(scheduler: Mapping[str, Any]) -> dict[str, bool]:
@@ -246,3 +247,45 @@ def schedule_takes(scheduler: Mapping[str, Any]) -> dict[str, bool]:
         "lr": free or params.get("warmup_max_lr") == "auto",
         "warmup_steps": params.get("warmup_num_steps") == "auto",
     }
+
+
+def scatter_faults(file: Mapping[str, Any], section: Mapping[str, Any]) -> list[str]:
+    """Scalings of the gradient that DeepSpeed asserts against while it scatters, and a bucket that it cannot cut."""
+    stage, found = section.get("stage") or 0, []
+    if stage >= 2 and section.get("reduce_scatter", True):
+        for key, usual in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+            if file.get(key, usual) not in (usual, "auto"):
+                found.append(
+                    f"{key} {file[key]!r}: DeepSpeed cannot do it at stage {stage} with "
+                    "zero_optimization.reduce_scatter. Leave it out, or set reduce_scatter to false."
+                )
+    size = section.get("allgather_bucket_size", 2)
+    if stage in (1, 2) and isinstance(size, (int, float)) and size % 2:
+        found.append(f"zero_optimization.allgather_bucket_size {size!r}: DeepSpeed wants an even number.")
+    return found
+
+
+def cpu_adam_faults(file: Mapping[str, Any], section: Mapping[str, Any]) -> list[str]:
+    """What only DeepSpeed's own CPU Adam can do, where another optimizer will be in use."""
+    place = section.get("offload_optimizer") or {}
+    offload = place.get("device", "none") != "none"
+    optimizer = file.get("optimizer") or {"type": "AdamW"}
+    if offload and str(optimizer.get("type")).lower() in ADAM_TYPES and not takes_torch_adam(optimizer, offload):
+        return []
+    asked = [f"{k}.{k}_master_weights_and_grads" for k in ("bf16", "fp16")]
+    asked = [path for path in asked if (file.get(path[:4]) or {}).get(path[5:]) is True]
+    if offload and isinstance(place.get("ratio", 1.0), (int, float)) and place.get("ratio", 1.0) < 1:
+        asked.append("zero_optimization.offload_optimizer.ratio")
+    if (optimizer.get("params") or {}).get("fp32_optimizer_states") is False:
+        asked.append("optimizer.params.fp32_optimizer_states")
+    return [
+        f"{path}: needs offload_optimizer and DeepSpeed's own CPU Adam, which this run does not use. Leave it out."
+        for path in asked
+    ]
+
+
+def has_async_io() -> bool:
+    """Whether DeepSpeed's operator for files beside the training can be built here."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return bool(AsyncIOBuilder().is_compatible(verbose=False))

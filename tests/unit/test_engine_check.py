@@ -124,7 +124,7 @@ def test_no_false_alarm(write, content):
          ("total_num_steps: missing", "warmup_num_steps is 0", 'warmup_type is "cube"')),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, ("bf16.enabled, fp16.enabled",)),
         ({"bfloat16": {"enabled": True}}, ("bfloat16", "bf16")),
-        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, ("only supported with ZeRO",)),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, ("bf16.bf16_master_weights_and_grads: needs",)),
         ({"torch_autocast": {"enabled": True}}, ("torch_autocast.enabled", "--dtype")),
         ({"pipeline": {"stages": 2}, "elasticity": {"enabled": True}, "compression_training": {},
           "data_efficiency": {"enabled": True}, "curriculum_learning": {}, "checkpoint": {"load_universal": True}},
@@ -154,7 +154,7 @@ def test_all_faults_are_told_with_their_paths(write, content, parts):
     ],
 )
 def test_what_is_no_json_is_told_with_line_and_column(write, content, place, parts):
-    (fault,) = faults(write(content))
+    _, fault = faults(write(content))
     assert place in fault
     assert all(part in fault for part in parts)
 
@@ -209,3 +209,35 @@ def test_precision_of_file_and_command(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     assert engine.resolve_dtype({}, None) == "bf16"
     assert engine.resolve_dtype({"bf16": {"enabled": False}}, None) == "fp32"
+
+
+SCATTER = {"zero_optimization": {"stage": 2, "reduce_scatter": True}}
+OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("content", "path"),
+    [
+        (SCATTER | {"prescale_gradients": True}, "prescale_gradients True: DeepSpeed cannot do it at stage 2"),
+        (SCATTER | {"gradient_predivide_factor": 2.0}, "gradient_predivide_factor 2.0: DeepSpeed cannot do it"),
+        ({"zero_optimization": {"stage": 1, "allgather_bucket_size": 5001}}, "zero_optimization.allgather_bucket_size"),
+        ({"zero_optimization": OFFLOAD}, "zero_optimization.offload_optimizer.ratio: needs"),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights_and_grads: "),
+        (
+            {"optimizer": {"type": "Adam", "params": {"fp32_optimizer_states": False}}},
+            "optimizer.params.fp32_optimizer",
+        ),
+        ({"comet": {"enabled": False, "api_key": "secret"}}, "comet.api_key"),
+    ],
+)
+def test_what_would_be_an_assertion_in_every_rank_is_told_before(content, path, write):
+    _, fault = faults(write(content))
+    assert path in fault
+    assert "secret" not in fault
+
+
+def test_torchs_adamw_decays_no_more_than_deepspeeds(write):
+    """Without a decay in the file DeepSpeed's own takes 0; torch's default is 0.01."""
+    place = write({"optimizer": {"type": "AdamW"}})
+    merged = engine.merge(RunConfig(**PLACES, deepspeed_config=place))
+    assert merged["optimizer"]["params"]["weight_decay"] == 0.0

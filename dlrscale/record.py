@@ -264,7 +264,9 @@ def digest_folder(folder: Path) -> str:
         names = sorted(
             p.name
             for p in folder.iterdir()
-            if p.suffix == ".safetensors" or p.name == "config.json" or p.name.startswith("tokenizer")
+            if p.suffix == ".safetensors"
+            or p.name == "config.json"
+            or p.name.startswith(("tokenizer", "chat_template"))
         )
     else:
         inside = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())

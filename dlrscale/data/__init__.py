@@ -74,8 +74,8 @@ def load(
     if roles == ("text",):
         return pack(path, (text for _, (text,) in found), tokenizer, seq_len, counts, limit)
     if roles == ("messages",):
-        source = chat.template(tokenizer, chat_template)
-        examples = [chat.example(place, messages, tokenizer, source) for place, (messages,) in found]
+        template = chat.chat_template(tokenizer, chat_template)
+        examples = [chat.example(place, messages, template) for place, (messages,) in found]
         full = [example for example in examples if example.spans]
     else:
         full = [

@@ -9,24 +9,28 @@ from typing import Any
 from dlrscale.errors import ConfigError
 
 _FORMATS = ("arrow", "csv", "json", "parquet")  # of folders; text files would become one document per line
-_NAME = re.compile(r"hf:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<split>[\w.\-\[\]:%+]+))?(?:#(?P<fingerprint>\w+))?")
+_NAME = re.compile(
+    r"hf:(?P<name>[\w.-]+(?:/[\w.-]+)?(?::[\w.-]+)?)(?:@(?P<split>[\w.\-\[\]:%+]+))?(?:#(?P<fingerprint>\w+))?"
+)
 
 
 def parse(place: str) -> tuple[str, str | None, str | None]:
-    """The name, the split and the fingerprint in `hf:org/name@split#fingerprint`.
+    """The name with its configuration, the split and the fingerprint in `hf:org/name:configuration@split#fingerprint`.
 
     Args:
         place: The value of an option.
 
     Returns:
-        Name, split or None, fingerprint or None.
+        Name (and configuration after a colon), split or None, fingerprint or None.
 
     Raises:
         ConfigError: If it is not of that form.
     """
     match = _NAME.fullmatch(place)
     if match is None:
-        raise ConfigError(f"{place}: is no name of a hub data set. Write hf:org/name or hf:org/name@split.")
+        raise ConfigError(
+            f"{place}: is no name of a hub data set. Write hf:org/name, with :CONFIGURATION and @SPLIT if need be."
+        )
     if Path(match["name"]).exists():
         raise ConfigError(
             f"{place}: a file or folder {match['name']} is here too, and would be read instead. "
@@ -35,22 +39,45 @@ def parse(place: str) -> tuple[str, str | None, str | None]:
     return match["name"], match["split"], match["fingerprint"]
 
 
-def pin(place: str | None) -> str | None:
+def pin(place: str | None, heldout: bool = False) -> str | None:
     """The place with the data set's fingerprint, so that every later start reads the same data or refuses.
 
     Args:
         place: Any place of data; all but `hf:` names stay as they are.
+        heldout: Whether the data are for evaluation: of several splits one must be named then.
 
     Returns:
         The place.
 
     Raises:
-        ConfigError: If the data set cannot be read.
+        ConfigError: If the data set cannot be read, or held-out data would be the training split by default.
     """
-    if place is None or not place.startswith("hf:"):
+    hub = place is not None and place.startswith("hf:")
+    if heldout and place is not None and (hub or Path(place).is_dir()):
+        _, split, _ = parse(place) if hub else (place, None, None)
+        found = None if split else _open(place)
+        if isinstance(found, dict) and len(found) > 1:
+            mend = f"{place}@SPLIT" if hub else "the folder or file of one split"
+            raise ConfigError(f"{place}: held-out data of the splits {', '.join(map(str, found))}. Name one: {mend}.")
+    if not hub:
         return place
     name, split, _ = parse(place)
     return f"hf:{name}@{split or 'train'}#{open_dataset(place)._fingerprint}"
+
+
+def _open(place: str) -> Any:
+    """What `datasets` makes of a place: a data set, or several by split."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    hub = place.startswith("hf:")
+    name, split, _ = parse(place) if hub else (place, None, None)
+    try:
+        if not hub and any((Path(place) / key).is_file() for key in ("state.json", "dataset_dict.json")):
+            return datasets.load_from_disk(place)
+        return datasets.load_dataset(*(name.split(":") if hub else (name,)), split=split)
+    except Exception as error:  # the library's own, Arrow's, the hub's
+        raise ConfigError(_reason(place, error)) from None
 
 
 def open_dataset(place: str) -> Any:
@@ -65,16 +92,10 @@ def open_dataset(place: str) -> Any:
     Raises:
         ConfigError: If it cannot be read, or its splits do not tell which to take.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
     hub = place.startswith("hf:")
-    name, split, fingerprint = parse(place) if hub else (place, None, None)
-    try:
-        saved = not hub and any((Path(place) / key).is_file() for key in ("state.json", "dataset_dict.json"))
-        found = datasets.load_from_disk(place) if saved else datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library's own, Arrow's, the hub's
-        raise ConfigError(_reason(place, error)) from None
+    name, _, fingerprint = parse(place) if hub else (place, None, None)
+    saved = not hub and any((Path(place) / key).is_file() for key in ("state.json", "dataset_dict.json"))
+    found = _open(place)
     if isinstance(found, dict):
         if "train" not in found and len(found) != 1:
             mend = f"hf:{name}@SPLIT" if hub else "the folder or file of one split"

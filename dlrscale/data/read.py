@@ -39,9 +39,9 @@ def fitting_columns(path: str, columns: Mapping[str, str] | None) -> Mapping[str
         return columns
     if _is_data_set(path):
         return columns if set(columns.values()) <= set(hub.open_dataset(path).column_names) else None
-    first = next((line for line in _read_text(Path(path)).split("\n") if line.strip()), "")
+    first = next((line for line in read_text(Path(path)).split("\n") if line.strip()), "")
     try:
-        record = json.loads(first)
+        record = json.loads(first, parse_int=_integer)
     except (ValueError, RecursionError):
         return columns  # `load` says what is wrong
     return columns if isinstance(record, dict) and set(columns.values()) <= set(record) else None
@@ -72,7 +72,7 @@ def documents(
         return ("".join(values) for _, values in found)
     if path.startswith("embedded:"):
         return embedded_documents(path, counts)
-    text = _read_text(Path(path)).replace("\r\n", "\n")
+    text = read_text(Path(path)).replace("\r\n", "\n")
     return (d.strip("\n") for d in (text.split(separator) if separator else [text]))
 
 
@@ -100,7 +100,7 @@ def check_place(place: str | None) -> None:
     raise ConfigError(f"No such data file: {path.absolute()}. {hint}")
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """The text of a UTF-8 file without a byte order mark, unzipped where its name ends in .gz."""
     check_place(str(path))
     try:
@@ -156,12 +156,12 @@ def _rows(path: str, keys: tuple[str, ...]) -> Iterator[tuple[str, Mapping[str, 
         for number, record in enumerate(table.select_columns(list(dict.fromkeys(wanted)))):
             yield f"{path}: row {number}", record
         return
-    for number, line in enumerate(_read_text(Path(path)).split("\n"), 1):
+    for number, line in enumerate(read_text(Path(path)).split("\n"), 1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
-            record = json.loads(line)
+            record = json.loads(line, parse_int=_integer)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", None) or str(error)
             raise ConfigError(f"{place}: no JSON object ({reason}). Each line must hold a whole one.") from None
@@ -226,3 +226,8 @@ def _keys(record: Mapping[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value, default=str)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _integer(text: str) -> int | float:
+    """A JSON integer; one of thousands of digits, which Python refuses to read, as a float: nothing here needs it."""
+    return int(text) if len(text) < 4000 else float(text)

@@ -218,10 +218,11 @@ def _mask(example: Example, ids: list[int], offsets: list | None, tokenizer: Any
             border += 1
         labelled = [i >= border for i in range(len(ids))]
     else:
-        labelled = [
-            end > start and any(end > first and start < last for first, last in example.spans)
-            for start, end in offsets[: len(ids)]
-        ]
+        labelled = [False] * len(ids)
+        for first, last in example.spans:
+            inside = [i for i, (start, end) in enumerate(offsets[: len(ids)]) if end > first and start < last]
+            if inside:  # what lies between has its label too: some tokenizers leave blanks out of the places
+                labelled[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
     if not example.bare and eos is not None:
         ids.append(eos)
         labelled.append(True)

@@ -294,7 +294,8 @@ class Check:
         """A fault where a valid setting is one that dlrscale does not honour."""
         test, why = REFUSED_VALUES.get(path, (None, ""))
         if test is not None and value != "auto" and test(value):
-            self.faults.append(f"{path} {shown(value)}: {why}. Take it out.")
+            told = path if path.endswith("api_key") else f"{path} {shown(value)}"  # a secret is not repeated
+            self.faults.append(f"{told}: {why}. Take it out.")
 
     def leaf(self, holder: dict[str, Any], key: str, kind: Any, path: str) -> None:
         """Check a value against an entry of a table; a whole float becomes an integer where one is due."""

@@ -158,20 +158,13 @@ def test_a_template_without_an_opening_labels_the_text_alone(tmp_path):
     assert [text.strip() for text in labelled(tokenizer, loaded)] == ["sat here</s>"]
 
 
-def test_what_stands_between_the_opening_and_the_text_is_learnt_too(tmp_path):
-    template = PLAIN.replace("{{ m['content'] }}", "{% if m.role == 'assistant' %}cat!{% endif %}{{ m['content'] }}")
-    tokenizer = make_tokenizer(template)
-    loaded = data.load(write(tmp_path, {"messages": TURNS[:3]}), tokenizer, seq_len=256)
-    assert labelled(tokenizer, loaded) == ["cat!sat here</s>"]
-
-
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "continuation"),
-        ("{% for m in messages %}{{ m.content }}{% if loop.last %}</s>{% endif %}{% endfor %}", "continuation"),
-        (PLAIN.replace("== 'assistant'", "== 'assistant' and loop.last"), "continuation"),
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "continuation"),
+        ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}", "--chat-template"),
+        ("{% for m in messages %}{{ m.content }}{% if loop.last %}</s>{% endif %}{% endfor %}", "--chat-template"),
+        (PLAIN.replace("== 'assistant'", "== 'assistant' and loop.last"), "--chat-template"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "--chat-template"),
         ("{{ raise_exception('no system turns') }}", "no system turns"),
         ("{% for m in messages %}", "--chat-template"),
     ],
@@ -265,7 +258,7 @@ def test_names_on_the_hub(tmp_path, monkeypatch, datasets):
     message = refusal("hf:nobody/nothing@test", make_tokenizer(), seq_len=4)
     assert "offline" in message
     assert "hf:nobody/nothing@test" in message
-    with pytest.raises(ConfigError, match="hf:org/name@split"):
+    with pytest.raises(ConfigError, match="Write hf:org/name"):
         data.check_place("hf:a b")
     data.check_place("hf:nobody/nothing")
     os.makedirs("nobody/nothing")

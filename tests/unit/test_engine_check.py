@@ -124,7 +124,7 @@ def test_no_false_alarm(write, content):
          ("total_num_steps: missing", "warmup_num_steps is 0", 'warmup_type is "cube"')),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, ("bf16.enabled, fp16.enabled",)),
         ({"bfloat16": {"enabled": True}}, ("bfloat16", "bf16")),
-        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, ("bf16.bf16_master_weights_and_grads: needs",)),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, ("master_weights_and_grads: needs",)),
         ({"torch_autocast": {"enabled": True}}, ("torch_autocast.enabled", "--dtype")),
         ({"pipeline": {"stages": 2}, "elasticity": {"enabled": True}, "compression_training": {},
           "data_efficiency": {"enabled": True}, "curriculum_learning": {}, "checkpoint": {"load_universal": True}},
@@ -154,7 +154,7 @@ def test_all_faults_are_told_with_their_paths(write, content, parts):
     ],
 )
 def test_what_is_no_json_is_told_with_line_and_column(write, content, place, parts):
-    _, fault = faults(write(content))
+    (fault,) = faults(write(content))
     assert place in fault
     assert all(part in fault for part in parts)
 
@@ -212,7 +212,7 @@ def test_precision_of_file_and_command(monkeypatch):
 
 
 SCATTER = {"zero_optimization": {"stage": 2, "reduce_scatter": True}}
-OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+OFFLOAD = {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}
 
 
 @pytest.mark.parametrize(

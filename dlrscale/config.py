@@ -261,7 +261,7 @@ def check_folder(out: Path, run_id: str, resume_id: str) -> dict[str, Any] | Non
     """
     marker = out / "run.json"
     if not marker.is_file():
-        if out.exists() and (not out.is_dir() or any(entry.name not in OWN_FILES for entry in out.iterdir())):
+        if out.exists() and (not out.is_dir() or not all(map(_is_own, out.iterdir()))):
             raise ConfigError(f"{out} exists and is no folder of a run. Choose another --out, or empty it yourself.")
         _check_writable(out)
         return None
@@ -287,13 +287,17 @@ def check_folder(out: Path, run_id: str, resume_id: str) -> dict[str, Any] | Non
     return entries[-1]
 
 
+def _is_own(entry: Path) -> bool:
+    return entry.name in OWN_FILES or entry.name.startswith(".run.json.")
+
+
 def taken(out: Path) -> str:
     """What to say when another process holds a run's folder."""
     return f"{out}: another command writes into this folder now. Wait for its end, or choose another --out."
 
 
 def _check_writable(out: Path) -> None:
-    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    there = next(folder for folder in (out, *out.parents) if os.path.exists(folder))
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"--out {out}: {there} cannot be written. Choose another --out, or change its permissions.")
 

@@ -160,6 +160,7 @@ class Phases:
 
     def peaks(self) -> dict[str, float]:
         """The highest peaks over the phases of training and the one that broke, under the record's metric names."""
-        training = [p for name, p in self.phases.items() if name in TRAINING_PHASES or name == self.broken]
+        training = [p for name, p in list(self.phases.items()) if name in TRAINING_PHASES or name == self.broken]
         keys = ("accelerator_peak_allocated_bytes", "accelerator_peak_reserved_bytes", "host_peak_rss_bytes")
-        return {f"memory/{key}": max(p[key] for p in training) for key in keys if any(key in p for p in training)}
+        found = {key: [p[key] for p in training if key in p] for key in keys}
+        return {f"memory/{key}": max(values) for key, values in found.items() if values}

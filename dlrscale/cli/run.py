@@ -172,6 +172,7 @@ def run_rank(config: RunConfig, dry_run: bool) -> None:
     # Every rank looks before the process group is there, so that none waits for one that has refused.
     entry, code = configuration.check_folder(Path(config.out), *configuration.run_ids(config, merged)), 0
     if entry is None:
+        jobs.check_checkpoints(config)
         if first and config.tracking_uri != "none":
             tracking.prepare(config.tracking_uri)
         code = jobs.run(config, jobs.make_tracker, guard)
@@ -212,6 +213,7 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
     if entry is not None:
         click.echo(f"{config.name}: was done before", err=True)
     else:
+        jobs.check_checkpoints(config)
         entry = _launch(config, jobs.describe(config, merged, run_id, resume_id))
     if entry["outcome"] == Outcome.FAILED.value:
         told = describe(RuntimeError(entry["error"]))  # no space left: the log adds nothing to that
@@ -237,7 +239,7 @@ def _launch(config: RunConfig, description: dict[str, Any]) -> dict[str, Any]:
         ConfigError: If another command has the folder, or the ranks refused their input.
         Interrupted: If this command was told to end; the record says so.
     """
-    from dlrscale import tracking
+    from dlrscale import jobs, tracking
 
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -247,10 +249,15 @@ def _launch(config: RunConfig, description: dict[str, Any]) -> dict[str, Any]:
         configuration.claim_folder(out, description["id"], description["resume_id"])
         if config.tracking_uri != "none":
             tracking.prepare(config.tracking_uri)
+        with record.held(out / configuration.RANK_LOCK, jobs.LEFTOVER_S) as free:  # ranks of a direct launch, or left
+            if not free:
+                raise ConfigError(configuration.taken(out))
         before, started, ranks = count_records(config), record.now(), Ranks(out)
         try:
             with Progress(config) as progress:
-                code = launcher.run(config, lambda: (progress.update(), ranks.sample()))
+                # The pids of other hosts say nothing here.
+                look = (lambda: None) if config.hostfile else ranks.sample
+                code = launcher.run(config, lambda: (progress.update(), look()))
         except launcher.Interrupted as signal:
             if count_records(config) == before:
                 _leave_record(config, description, ranks, started, Outcome.FAILED, f"interrupted by {signal}")
@@ -290,7 +297,7 @@ def end_of_ranks(code: int, ranks: Ranks, out: Path) -> tuple[Outcome, str]:
     if name is not None:
         return Outcome.FAILED, f"a rank was ended from outside by {name} ({doing})"
     left = f"the ranks ended (launcher exit code {code}) and left no record; see {out}/ranks.log"
-    return Outcome.FAILED, describe(RuntimeError(launcher.tail(out / "ranks.log")), out) or left
+    return Outcome.FAILED, describe(RuntimeError(ranks.last_words()), out) or left
 
 
 def _leave_record(

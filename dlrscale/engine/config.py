@@ -262,9 +262,16 @@ def merge(config: RunConfig) -> dict[str, Any]:
     merged["train_micro_batch_size_per_gpu"] = config.micro_batch
     merged["gradient_accumulation_steps"] = config.accumulation
     merged["train_batch_size"] = config.global_batch
-    optimizer = merged.setdefault("optimizer", {"type": "AdamW", "params": {**ADAM, "torch_adam": True}})
+    levers = file_levers(merged)
+    offload = levers["offload_optimizer"]
+    optimizer = merged.setdefault("optimizer", lever_config(levers["zero"], offload, False)["optimizer"])
     optimizer.setdefault("params", {})["lr"] = config.lr
-    offload = file_levers(merged)["offload_optimizer"]
+    kept = (merged.get("data_types") or {}).get("grad_accum_dtype")
+    if kept not in (None, config.dtype) and not levers["zero"]:
+        raise ConfigError(
+            f"data_types.grad_accum_dtype {kept} in {config.deepspeed_config}: at stage 0 DeepSpeed adds gradients in "
+            f"the run's own precision alone, {config.dtype}. Leave it out, or take zero_optimization.stage 1 or more."
+        )
     if takes_torch_adam(optimizer, offload):
         optimizer["params"] = for_torch(optimizer["params"])
         if offload:

@@ -28,11 +28,12 @@ from dlrscale.launcher.guard import Guard
 from dlrscale.launcher.ranks import OUT_OF_MEMORY, RankNote
 from dlrscale.measure import Phases
 from dlrscale.record import Outcome
-from dlrscale.train import Diverged
+from dlrscale.train import CHECKPOINT_FOLDER, Diverged
 
 BODIES: dict[str, Callable[[Run], None]] = {"lock": lock, "attack": attack, "pretrain": pretrain}
 
 LEFTOVER_S = 60.0  # the longest that ranks of an earlier start take to go
+CLAIMED_S = 5.0  # the longest that a rank takes to write the record that it has claimed
 PEER_S = 20.0  # longer than the launcher takes to see that a rank has ended
 LOCK_KEYS = ("lock_id", "form", "depth", "ranks", "coupling", "start", "param_ratio")
 
@@ -53,7 +54,6 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     if config.dtype == "fp16" and engine.device_type() == "cpu":
         raise ConfigError("--dtype fp16 needs an accelerator; on the CPU take fp32 or bf16.")
     merged = engine.merge(config)
-    engine.check_layout(Path(config.out) / "checkpoints", config.num_ranks, config.zero)
     if isinstance(config, PretrainConfig):
         return merged
     shape = shapes.model_shape(shapes.read_config(config.model))
@@ -77,6 +77,18 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         export.check_flattens(shape)
     load_corpora(config, models.load_tokenizer(config.model))
     return merged
+
+
+def check_checkpoints(config: RunConfig) -> None:
+    """Refuse checkpoints of this run that its ranks cannot go on from; nothing was started.
+
+    Args:
+        config: The resolved configuration; its folder is this run's own.
+
+    Raises:
+        ConfigError: As `engine.check_layout`.
+    """
+    engine.check_layout(Path(config.out) / CHECKPOINT_FOLDER, config.num_ranks, config.zero)
 
 
 def run(
@@ -148,6 +160,7 @@ class Ending:
     def __init__(self, job: Run, entry: dict[str, Any], guard: Guard | None, rank: int):
         self.job, self.entry = job, entry
         self.marker = job.out / ".outcome"
+        self.before = self._records()
         self._lock = guard.busy if guard is not None else contextlib.nullcontext()
         if guard is not None and rank == 0:
             guard.last_words = lambda reason: self._write(Outcome.FAILED, reason)
@@ -173,9 +186,16 @@ class Ending:
                 # A finished run is not gone on with, and its optimizer states are large.
                 shutil.rmtree(job.out / "checkpoints", ignore_errors=True)
         if job.sink is not None:
-            records, steps = job.out / record.RECORDS_FILE, job.out / record.STEPS_FILE
-            stands = list(record.read_lines(records))[-1]  # another rank may have written it
-            job.sink.finish(stands, [file for file in (records, steps) if file.exists()])
+            until = time.monotonic() + CLAIMED_S  # another rank may have claimed it, and not written it yet
+            while len(found := self._records()) <= len(self.before) and time.monotonic() < until:
+                time.sleep(0.1)
+            if len(found) > len(self.before):
+                files = (job.out / record.RECORDS_FILE, job.out / record.STEPS_FILE)
+                job.sink.finish(found[-1], [file for file in files if file.exists()])
+
+    def _records(self) -> list[dict[str, Any]]:
+        file = self.job.out / record.RECORDS_FILE
+        return list(record.read_lines(file)) if file.exists() else []
 
 
 def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_id: str) -> dict[str, Any]:

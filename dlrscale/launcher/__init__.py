@@ -121,7 +121,7 @@ def usable_home() -> dict[str, str]:
     if home == "~":  # neither HOME nor an entry of the user
         return {"HOME": _spare_folder()}
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache"))
-    there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    there = next(folder for folder in (cache, *cache.absolute().parents) if os.path.exists(folder))
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
         return {}
     spare = _spare_folder()
@@ -246,6 +246,8 @@ def _interrupted_by_signals() -> Iterator[None]:
 
 def signal_of(code: int) -> str | None:
     """The signal that ended a rank, from the launcher's exit code: 256 - n as the launcher passes it, or 128 + n."""
+    if code == 255:  # SIGHUP, but also what ssh says of a host that it cannot reach
+        return None
     for number in (256 - code, code - 128, -code):
         if 1 <= number <= 31:
             return signal.Signals(number).name

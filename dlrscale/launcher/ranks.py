@@ -14,7 +14,7 @@ FOLDER, LOG = ".ranks", "ranks.log"
 # What libraries say when they get no memory; native ones abort after it.
 OUT_OF_MEMORY = (
     "not enough memory", "can't allocate memory", "Cannot allocate memory", "out of memory", "std::bad_alloc",
-    "memory allocation of",
+    "memory allocation of", "_STATUS_ALLOC_FAILED",
 )  # fmt: skip
 _WIDTH = 64
 
@@ -58,6 +58,8 @@ class Ranks:
         """The pid and the phase of each rank."""
         found = {}
         for file in self.folder.glob("*"):
+            if not file.name.isdecimal():
+                continue
             pid, _, phase = file.read_text(encoding="utf-8").strip().partition(" ")
             if pid:
                 found[int(file.name)] = (int(pid), phase)
@@ -72,12 +74,16 @@ class Ranks:
         """Whether the kernel killed a process of this host for want of memory since this object was made."""
         return oom_kills() > self._oom_kills
 
-    def aborted_for_memory(self) -> bool:
-        """Whether the ranks' last words in their log, since this object was made, say that memory ran out."""
+    def last_words(self) -> str:
+        """The end of what the ranks wrote into their log since this object was made."""
         try:
-            said = self._log.read_bytes()[self._log_start :][-10_000:].decode(errors="replace")
+            return self._log.read_bytes()[self._log_start :][-10_000:].decode(errors="replace")
         except OSError:
-            return False
+            return ""
+
+    def aborted_for_memory(self) -> bool:
+        """Whether the ranks' last words say that memory ran out."""
+        said = self.last_words()
         return any(words in said for words in OUT_OF_MEMORY)
 
 

@@ -43,7 +43,9 @@ def write_description(folder: Path, entry: Mapping[str, Any]) -> None:
         folder: The run's folder.
         entry: Its record so far, with `started`.
     """
-    text = records.dumps(dict(entry) | {"process": process()}, default=str)
+    file = Path(folder) / records.RECORDS_FILE
+    before = sum(1 for _ in records.read_lines(file)) if file.is_file() else 0
+    text = records.dumps(dict(entry) | {"process": process(), "records_before": before}, default=str)
     records.write_atomic(Path(folder) / DESCRIPTION_FILE, text + "\n")
 
 
@@ -73,8 +75,8 @@ def read(folder: Path) -> RunFolder:
     if len({entry.get("resume_id") for entry in entries}) > 1:
         raise ConfigError(f"{file} holds several runs. Name the folder that each of them wrote.")
     described: dict[str, Any] = next(iter(records.read_lines(begun)), {}) if begun.is_file() else {}
-    known = described.pop("process", {})
-    if described and (not entries or str(entries[-1]["started"]) < str(described["started"])):
+    known, before = described.pop("process", {}), described.pop("records_before", 0)
+    if described and len(entries) <= before:
         return RunFolder(described, known, False)
     if not entries:
         raise ConfigError(f"{folder} holds neither {records.RECORDS_FILE} nor {DESCRIPTION_FILE}: no run began there.")

@@ -227,7 +227,7 @@ def test_an_ignored_hangup_stays_ignored(guarded):
 
 
 @pytest.mark.parametrize(("code", "name"), [(247, "SIGKILL"), (241, "SIGTERM"), (143, "SIGTERM"), (-9, "SIGKILL"),
-                                            (250, "SIGABRT"), (0, None), (1, None), (2, None), (11, None), (12, None)])  # fmt: skip
+                                            (250, "SIGABRT"), (255, None), (0, None), (1, None), (2, None), (11, None), (12, None)])  # fmt: skip
 def test_the_signal_in_an_exit_code(code, name):
     assert launcher.signal_of(code) == name
 

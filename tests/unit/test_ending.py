@@ -114,6 +114,25 @@ def test_last_words_are_those_of_rank_zero(tmp_path):
     assert (entry["outcome"], entry["error"]) == ("failed", "ended by SIGTERM")
 
 
+def test_an_old_log_says_nothing_of_this_start(tmp_path):
+    (tmp_path / "ranks.log").write_text("No space left on device\n")
+    ranks = Ranks(tmp_path)
+    with open(tmp_path / "ranks.log", "a") as file:
+        file.write("ImportError: x\n")
+    assert "left no record" in command.end_of_ranks(1, ranks, tmp_path)[1]
+    with open(tmp_path / "ranks.log", "a") as file:
+        file.write("OSError: [Errno 28] No space left on device\n")
+    assert "free some space" in command.end_of_ranks(1, ranks, tmp_path)[1]
+
+
+def test_strange_files_beside_the_notes_do_not_matter(tmp_path):
+    RankNote(tmp_path, 0)
+    ranks = Ranks(tmp_path)
+    RankNote(tmp_path, 0).say("forward")
+    (tmp_path / ".ranks" / ".nfs0001").write_text("x")
+    assert list(ranks.notes()) == [0]
+
+
 @pytest.fixture
 def lock_line(tmp_path, llama_folder, monkeypatch):
     """The words of a lock in a folder of its own, without MLflow."""

@@ -62,7 +62,9 @@ def make_run(tmp_path):
         settings = {"lr": 1e-3, "steps": STEPS, "out": name, "name": name} | changes.pop("config", {})
         values = {"id": name * 8, "resume_id": f"{tmp_path.name}{name}", "kind": "attack", "name": name}
         entry = record.make_record(**values | {"config": settings, "seed": 0, "deepspeed_config": {"a": 1}} | changes)
-        text = record.dumps(entry | {"started": described, "process": process})
+        records = folder / "records.jsonl"
+        before = len(records.read_text().splitlines()) if records.exists() else 0
+        text = record.dumps(entry | {"started": described, "process": process, "records_before": before})
         (folder / folders.DESCRIPTION_FILE).write_text(text + "\n")
         (folder / "run.json").write_text(json.dumps({"resume_id": entry["resume_id"]}))
         with open(folder / "steps.jsonl", "w") as file:
@@ -217,6 +219,14 @@ def test_of_several_attempts_the_last_one_stands(store, client, make_run):
     run = own_run(client, folder)
     assert "dlrscale.error" not in run.data.tags
     assert sorted(points(client, run, "loss/train")) == [(step, 1 / step) for step in range(1, STEPS + 1)]
+
+
+def test_a_record_that_the_command_left_stands_though_it_began_before_its_ranks(store, client, make_run):
+    """The command takes the time before the ranks write their description."""
+    folder = make_run("command", outcome="oom", rows=3, described="2026-01-02T04:00:00Z", error="the kernel killed it")
+    tracking.replay(folder, store)
+    tags = own_run(client, folder).data.tags
+    assert (tags["dlrscale.outcome"], tags["dlrscale.error"]) == ("oom", "the kernel killed it")
 
 
 def test_what_was_deleted_in_mlflow_stays_deleted(store, client, make_run):

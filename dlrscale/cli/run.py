@@ -104,7 +104,8 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     for key in ("data", "heldout", "heldout_base"):
         data.check_place(values.get(key))
     data.read_template(config.chat_template)
-    pinned = {key: data.pin(values[key]) for key in ("data", "heldout", "heldout_base") if values.get(key)}
+    places = {key: values[key] for key in ("data", "heldout", "heldout_base") if values.get(key)}
+    pinned = {key: data.pin(place, heldout=key != "data") for key, place in places.items()}
     config = dataclasses.replace(config, **pinned)
     if chosen_out is None:
         resume_id = configuration.run_ids(config, engine.merge(config))[1]

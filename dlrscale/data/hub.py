@@ -39,7 +39,7 @@ def parse(place: str) -> tuple[str, str | None, str | None]:
     return match["name"], match["split"], match["fingerprint"]
 
 
-def pin(place: str | None, heldout: bool = False) -> str | None:
+def pin(place: str, heldout: bool = False) -> str:
     """The place with the data set's fingerprint, so that every later start reads the same data or refuses.
 
     Args:
@@ -52,17 +52,21 @@ def pin(place: str | None, heldout: bool = False) -> str | None:
     Raises:
         ConfigError: If the data set cannot be read, or held-out data would be the training split by default.
     """
-    hub = place is not None and place.startswith("hf:")
-    if heldout and place is not None and (hub or Path(place).is_dir()):
-        _, split, _ = parse(place) if hub else (place, None, None)
-        found = None if split else _open(place)
+    hub = place.startswith("hf:")
+    name, split, _ = parse(place) if hub else (place, None, None)
+    if heldout and not split and (hub or Path(place).is_dir()):
+        found = _open(place)
         if isinstance(found, dict) and len(found) > 1:
             mend = f"{place}@SPLIT" if hub else "the folder or file of one split"
             raise ConfigError(f"{place}: held-out data of the splits {', '.join(map(str, found))}. Name one: {mend}.")
     if not hub:
         return place
-    name, split, _ = parse(place)
     return f"hf:{name}@{split or 'train'}#{open_dataset(place)._fingerprint}"
+
+
+def _is_saved(place: str) -> bool:
+    """Whether a place is a folder that `save_to_disk` wrote."""
+    return any((Path(place) / key).is_file() for key in ("state.json", "dataset_dict.json"))
 
 
 def _open(place: str) -> Any:
@@ -73,7 +77,7 @@ def _open(place: str) -> Any:
     hub = place.startswith("hf:")
     name, split, _ = parse(place) if hub else (place, None, None)
     try:
-        if not hub and any((Path(place) / key).is_file() for key in ("state.json", "dataset_dict.json")):
+        if _is_saved(place):
             return datasets.load_from_disk(place)
         return datasets.load_dataset(*(name.split(":") if hub else (name,)), split=split)
     except Exception as error:  # the library's own, Arrow's, the hub's
@@ -94,14 +98,13 @@ def open_dataset(place: str) -> Any:
     """
     hub = place.startswith("hf:")
     name, _, fingerprint = parse(place) if hub else (place, None, None)
-    saved = not hub and any((Path(place) / key).is_file() for key in ("state.json", "dataset_dict.json"))
     found = _open(place)
     if isinstance(found, dict):
         if "train" not in found and len(found) != 1:
             mend = f"hf:{name}@SPLIT" if hub else "the folder or file of one split"
             raise ConfigError(f"{place}: holds the splits {', '.join(map(str, found))}. Name one: {mend}.")
         found = found["train"] if "train" in found else next(iter(found.values()))
-    if not hub and not saved and found.info.builder_name not in _FORMATS:
+    if not hub and not _is_saved(place) and found.info.builder_name not in _FORMATS:
         raise ConfigError(f"{place}: a folder of {found.info.builder_name} files. Name the data file in it.")
     if fingerprint and found._fingerprint != fingerprint:
         raise ConfigError(f"{place}: the data set is another one now ({found._fingerprint}). Start a new run with it.")

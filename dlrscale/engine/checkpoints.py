@@ -76,7 +76,7 @@ def read_whole(folder: Path) -> dict[str, Any]:
     try:
         whole = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
         files = {name: (size, digest) for name, (size, digest) in whole["files"].items()}
-        if f"step{int(whole['step'])}" != folder.name or not {"world_size", "stage"} <= set(whole):
+        if f"step{int(whole['step'])}" != folder.name or not {"world_size", "stage", "trained"} <= set(whole):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{WHOLE} is missing or wrong") from None

@@ -141,7 +141,7 @@ def run(
                 time.sleep(PEER_S)  # the launcher ends this rank meanwhile, and tells of the one that ended first
             outcome, code = Outcome.FAILED, launcher.EXIT_FAILED
             error = describe_error(reason, out) or f"rank {rank}: {type(reason).__name__}: {reason}"
-            for left in (out / "checkpoints").glob("tmp-*"):  # on a full disk, the room is for the record
+            for left in (out / CHECKPOINT_FOLDER).glob("tmp-*"):  # on a full disk, the room is for the record
                 shutil.rmtree(left, ignore_errors=True)
             if is_out_of_memory(reason):
                 outcome, code = Outcome.OOM, launcher.EXIT_OOM
@@ -184,7 +184,7 @@ class Ending:
             record.append_line(job.out / record.RECORDS_FILE, self.entry)
             if outcome is Outcome.OK:
                 # A finished run is not gone on with, and its optimizer states are large.
-                shutil.rmtree(job.out / "checkpoints", ignore_errors=True)
+                shutil.rmtree(job.out / CHECKPOINT_FOLDER, ignore_errors=True)
         if job.sink is not None:
             until = time.monotonic() + CLAIMED_S  # another rank may have claimed it, and not written it yet
             while len(found := self._records()) <= len(self.before) and time.monotonic() < until:

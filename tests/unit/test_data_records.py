@@ -308,3 +308,28 @@ def test_identity_of_folders_templates_and_names(tmp_path):
     assert configuration.identify(moved, {}) == first
     (tmp_path / "u.jinja").write_text("bc")
     assert configuration.identify(moved, {}) != first
+
+
+def test_held_out_data_of_several_splits_name_one(tmp_path, datasets, llama_folder, capsys, monkeypatch):
+    """`train` is the usual split of the data that are trained on, and must not become the held-out data unseen."""
+    from dlrscale import cli
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    table = datasets.Dataset.from_dict({"text": ["the cat sat on a mat " * 40] * 4})
+    place = tmp_path / "split"
+    datasets.DatasetDict(train=table, test=table).save_to_disk(str(place))
+    line = ["attack", "--model", str(llama_folder), "--strategy", "full", "--data", str(place), "--seq-len", "16",
+            "--micro-batch", "1", "--tracking-uri", "none", "--dry-run", "--heldout"]  # fmt: skip
+    for held, code in ((place, 2), (place / "test", 0)):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*line, str(held)])
+        assert stop.value.code == code
+    assert f"{place}: held-out data of the splits train, test. Name one" in capsys.readouterr().err
+
+
+def test_an_unread_number_of_any_length_does_not_matter(tmp_path):
+    file = tmp_path / "long.jsonl"
+    file.write_text('{"text": "the cat", "n": ' + "9" * 5000 + "}\n")
+    assert len(data.load(str(file), make_tokenizer(), seq_len=3)) == 1
+    file.write_text('{"text": ' + "9" * 5000 + "}\n")
+    assert "'text' is" in refusal(str(file), make_tokenizer(), seq_len=3)

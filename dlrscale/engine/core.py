@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dlrscale import record
 from dlrscale.engine.checkpoints import WHOLE, Checkpoint, Layout, checkpoints, convert, files_of, read_whole, sha256
 from dlrscale.engine.config import file_levers
+from dlrscale.engine.devices import barrier
 from dlrscale.errors import ConfigError, JobError
 
 if TYPE_CHECKING:
@@ -187,10 +188,7 @@ class Engine:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        import torch.distributed as dist
-
-        if self.world_size > 1:
-            dist.barrier()
+        barrier()
 
     @contextlib.contextmanager
     def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dlrscale.report.runs import HOST, Lock, Pair, Run, divide
-from dlrscale.report.tables import loss, seconds, significant, size
+from dlrscale.report.tables import loss, significant, size
 
 STANDS, FALLS, OPEN = "stands", "falls", "not decided"
 SAVED, SAVED_MLP = "memory/saved_bytes_per_token", "memory/saved_mlp_bytes_per_token"
@@ -266,9 +266,3 @@ def _capability(locks: Sequence[Lock]) -> Claim:
     if verdicts and all(len(dict(p)) < MIN_SEEDS for p in groups.values()):
         lines.append(f"Fewer than {MIN_SEEDS} seeds per lock: the figure stands, the verdict is not decided.")
     return _claim("C5", "capability: the model's own abilities are kept", verdicts, lines)
-
-
-def duration(run: Run) -> str:
-    """Time of all phases of a run."""
-    parts = [p.get("seconds") for p in (run.phases or {}).values() if isinstance(p, dict)]
-    return seconds(sum(p for p in parts if p))

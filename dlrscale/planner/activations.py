@@ -1,0 +1,104 @@
+"""What a whole model keeps for backward, how much of it at once, and its FLOPs: layers added up from their tapes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+from dlrscale.planner import forward
+from dlrscale.planner.forward import Layer, Pass
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The saved bytes and FLOPs of one micro-batch; the bytes are those that saved-tensor hooks count (measure)."""
+
+    run: Pass
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """One entry per layer; equal layers share one tape."""
+        ranks, flows, found = self.run.shape.ranks or {}, forward.stream_flows(self.run), {}
+        keys = [(ranks.get(i), flows or i > 0) for i in range(self.run.shape.layers)]
+        for layer, key in enumerate(keys):
+            if key not in found:
+                found[key] = forward.decoder_layer(self.run, layer)
+        return [found[key] for key in keys]
+
+    @cached_property
+    def _ends(self) -> tuple[forward.Tape, forward.Tape]:
+        return forward.embedding(self.run), forward.head(self.run)
+
+    @property
+    def stream_bytes(self) -> int:
+        """The residual stream between two layers."""
+        return self.run.batch * self.run.length * self.run.shape.width * self.run.size
+
+    @property
+    def table_bytes(self) -> int:
+        """The rotary tables, which all layers share."""
+        kept = any(layer.shared & set(layer.tape.saved) for layer in self.layers)
+        return 2 * self.run.length * self.run.parts.rotary * self.run.size if kept else 0
+
+    @property
+    def head_bytes(self) -> int:
+        """What final norm, head and loss keep."""
+        return self._ends[1].saved_bytes
+
+    @cached_property
+    def layer_bytes(self) -> list[int]:
+        """What each layer keeps while all of it is there; with checkpointing, without its input."""
+        return [layer.bytes(without_input=self.run.checkpointing == "layer") for layer in self.layers]
+
+    @property
+    def mask_bytes(self) -> int:
+        """GPT-2 hands its mask to a checkpointed layer as an input, where its attention is written out."""
+        run = self.run
+        if self.run.checkpointing == "layer" and run.shape.family.model_type == "gpt2" and run.attention == "eager":
+            return run.batch * run.length**2 * run.size
+        return 0
+
+    @property
+    def stream_held_bytes(self) -> int:
+        """What is held of embedding and layers between forward and backward."""
+        ends = self._ends[0].saved_bytes
+        if self.run.checkpointing == "layer":
+            return ends + self.run.shape.layers * self.stream_bytes + self.mask_bytes
+        return ends + sum(self.layer_bytes) + self.table_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Everything saved when forward ends."""
+        return self.stream_held_bytes + self.head_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is saved at once: at the end of forward, or while one layer is there again."""
+        if self.run.checkpointing == "none":
+            return self.held_bytes
+        streams = [self._ends[0].saved_bytes + self.mask_bytes + self.table_bytes + self.stream_bytes * (layer + 1)
+                   for layer in range(self.run.shape.layers)]  # fmt: skip
+        again = max(stream + own for stream, own in zip(streams, self.layer_bytes, strict=True))
+        return max(self.held_bytes, again)
+
+    def by_part(self) -> dict[str, int]:
+        """Bytes that one forward saves by part, as if nothing were checkpointed; the rotary tables with attention."""
+        found: Counter[str] = Counter()
+        for tape in self._ends:
+            found.update(tape.by_part())
+        for layer in self.layers:
+            for storage, (part, size) in layer.tape.saved.items():
+                found[part] += 0 if storage in layer.shared else size
+        found["attention"] += self.table_bytes
+        return dict(found)
+
+    def flops(self) -> dict[str, int]:
+        """FLOPs of forward, of backward, and of what is run again in backward."""
+        tapes = [*self._ends, *(layer.tape for layer in self.layers)]
+        again = sum(layer.tape.recomputed_flops for layer in self.layers) if self.run.checkpointing == "layer" else 0
+        return {
+            "forward": sum(tape.forward_flops.total() for tape in tapes),
+            "backward": sum(tape.backward_flops.total() for tape in tapes),
+            "recompute": again,
+        }

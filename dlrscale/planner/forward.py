@@ -1,0 +1,304 @@
+"""The forward passes of the families, operation by operation on a tape, as transformers 5 writes them.
+
+tests/unit/test_planner_saved.py holds every family, base and locked, against saved-tensor hooks on live models, in whole
+bytes. Taken as given: no padding (so that scaled dot-product attention gets no mask), no cache, training mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dlrscale.planner.tape import FP32, INT64, Tape, Tensor, Training
+from dlrscale.shapes import FORMS, ModelShape
+from dlrscale.shapes.layout import GEMMA, LAYER, Layout
+
+LOSS_CHUNK_ELEMENTS = 1 << 25  # of logits that the loss turns to fp32 at a time (evaluate.py)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One forward pass: the model, the micro-batch, what is trained, and which kernels run.
+
+    `size` is the bytes of one element of the model's precision, `checkpointing` `none` or `layer`.
+    """
+
+    shape: ModelShape
+    parts: Layout
+    batch: int
+    length: int
+    size: int
+    training: Training
+    checkpointing: str = "none"
+    attention: str = "sdpa"
+    device: str = "cuda"
+
+    def tape(self, part: str = "") -> Tape:
+        """A fresh tape."""
+        return Tape(self.batch, self.length, self.size, self.training, self.device, part)
+
+    @property
+    def labels(self) -> int:
+        """Label tokens: the last position of each sequence predicts nothing."""
+        return self.batch * (self.length - 1)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one decoder layer keeps: its tape, its input's storage, and the rotary tables that all layers share."""
+
+    tape: Tape
+    source: Tensor
+    shared: frozenset[int]
+
+    def bytes(self, *, without_input: bool = False) -> int:
+        """Bytes saved, without the tables that all layers share; with checkpointing its input is kept in any case."""
+        left_out = self.shared | ({self.source.storage} if without_input else set())
+        return sum(size for storage, (_, size) in self.tape.saved.items() if storage not in left_out)
+
+
+def stream_flows(run: Pass) -> bool:
+    """Whether a gradient is asked of the first layer's input: only where something before it is trained."""
+    projected = run.parts.embedding_width != run.shape.width
+    changed = run.training.trained | run.training.adapted
+    return embedded_flows(run) or (projected and "projection" in changed)
+
+
+def embedded_flows(run: Pass) -> bool:
+    """Whether a gradient is asked of the token embedding: peft asks for it where adapters meet checkpointing."""
+    return "embedding" in run.training.trained or bool(run.training.adapted and run.checkpointing != "none")
+
+
+def embedding(run: Pass) -> Tape:
+    """Token (and position) embedding: a trained table keeps the indices."""
+    tape, parts = run.tape("embedding"), run.parts
+    trained = tape.weights_trained()
+    if trained:
+        tape.save(tape.new(tape.tokens, False, INT64))
+    x = tape.new(tape.tokens * parts.embedding_width, embedded_flows(run))
+    if parts.embedding_width != run.shape.width:
+        tape.part = "projection"
+        x = tape.linear(x, parts.embedding_width, run.shape.width)
+        tape.part = "embedding"
+    if parts.positions and trained:
+        per_sequence = run.shape.family.model_type == "gpt2"  # its position indices are (1, T)
+        tape.save(tape.new(run.length if per_sequence else tape.tokens, False, INT64))
+    tape.dropout(x, parts.dropout["embedding"])
+    return tape
+
+
+def head(run: Pass) -> Tape:
+    """Final norm, language-model head and loss (evaluate.cross_entropy_sum), on the stream behind the last layer."""
+    tape, parts, shape = run.tape("norm"), run.parts, run.shape
+    x = tape.new(tape.tokens * shape.width, True)
+    if parts.final_norm:
+        x = norm(tape, parts, x, shape.width)
+    if parts.embedding_width != shape.width:
+        tape.part = "projection"
+        x = tape.linear(x, shape.width, parts.embedding_width)
+    tape.part = "head"
+    if tape.weights_trained():
+        tape.save(x)
+    tape.product(tape.tokens * parts.embedding_width * shape.vocabulary, x.grad, tape.weights_trained())
+    tape.part = "loss"
+    tape.save(tape.new(run.labels, False, INT64))  # the places of labels: one storage for all chunks
+    for rows in loss_chunks(run):
+        tape.save(tape.new(rows * shape.vocabulary, False, FP32))  # log-probabilities
+        tape.save(tape.new(rows, False, INT64))  # their targets
+        tape.save(tape.new(1, False, FP32))  # the sum of class weights
+    return tape
+
+
+def loss_chunks(run: Pass) -> list[int]:
+    """Label tokens by chunk of the loss."""
+    step = max(1, LOSS_CHUNK_ELEMENTS // run.shape.vocabulary)
+    return [min(step, run.labels - start) for start in range(0, run.labels, step)]
+
+
+def norm(tape: Tape, parts: Layout, x: Tensor, width: int) -> Tensor:
+    """A norm of the family's kind, within the present part."""
+    part, tape.part = tape.part, "norm"
+    if parts.norm == LAYER:
+        y = tape.layer_norm(x, width, parts.norm_affine)
+    else:
+        y = tape.gemma_norm(x, width) if parts.norm == GEMMA else tape.rms_norm(x, width)
+    tape.part = part
+    return y
+
+
+def decoder_layer(run: Pass, layer: int) -> Layer:
+    """One decoder layer: attention and MLP or DLR-Net, in the family's wiring."""
+    tape, shape, parts = run.tape(), run.shape, run.parts
+    x = tape.new(tape.tokens * shape.width, layer > 0 or stream_flows(run))
+    tables = tuple(tape.new(run.length * parts.rotary, False) for _ in range(2))
+    before = parts.norm_first
+    y = norm(tape, parts, x, shape.width) if before else x
+    attended = tape.dropout(attention(tape, run, y, tables), parts.dropout["residual"])
+    if shape.parallel:
+        inside = y if shape.shared_input else norm(tape, parts, x, shape.width)
+        mlp(tape, run, inside, layer)
+    else:
+        stream = tape.add(x, attended)
+        if not before:
+            stream = norm(tape, parts, stream, shape.width)
+        out = mlp(tape, run, norm(tape, parts, stream, shape.width) if before else stream, layer)
+        if not before:
+            norm(tape, parts, tape.add(stream, out), shape.width)
+    return Layer(tape, x, frozenset(t.storage for t in tables))
+
+
+def mlp(tape: Tape, run: Pass, x: Tensor, layer: int) -> Tensor:
+    """A base MLP or a DLR-Net, and the dropout behind it."""
+    shape = run.shape
+    tape.part = "mlp"
+    if shape.ranks and layer in shape.ranks:
+        out = dlr_net(tape, shape, x, shape.ranks[layer])
+    else:
+        out = base_mlp(tape, shape, x)
+    out = tape.dropout(out, run.parts.dropout["residual"])
+    tape.part = ""
+    return out
+
+
+def base_mlp(tape: Tape, shape: ModelShape, x: Tensor) -> Tensor:
+    """down(s(gate x) * up x), or down(s(up x))."""
+    tokens, inner = tape.tokens, shape.inner
+    if not shape.family.gated:
+        hidden = tape.activation(tape.linear(x, shape.width, inner), shape.activation)
+    else:
+        if shape.family.fused:
+            both = tape.linear(x, shape.width, 2 * inner)
+            gate, up = tape.view(both, tokens * inner), tape.view(both, tokens * inner)
+        else:
+            gate, up = tape.linear(x, shape.width, inner), tape.linear(x, shape.width, inner)
+        hidden = tape.multiply(tape.activation(gate, shape.activation), up)
+    return tape.linear(hidden, inner, shape.width)
+
+
+def dlr_net(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    """d_{k+1} = d_k + B_k s(A_k n(x + b d_k)), as modeling/dlr_net.py writes it."""
+    form, tokens, d = FORMS[shape.form], tape.tokens, None
+    for rank in ranks:
+        u = x if d is None else tape.add(x, tape.scale(d))
+        if form.norm:
+            u = rms_divided(tape, u)
+        hidden = tape.linear(u, shape.width, rank * (2 if form.gated else 1))
+        if form.gated:
+            gate, up = tape.view(hidden, tokens * rank), tape.view(hidden, tokens * rank)
+            hidden = tape.multiply(tape.activation(gate, shape.activation), up)
+        else:
+            hidden = tape.activation(hidden, shape.activation)
+        out = tape.linear(hidden, rank, shape.width)
+        d = out if d is None else tape.add(d, out)
+    return d
+
+
+def rms_divided(tape: Tape, u: Tensor) -> Tensor:
+    """u / (||u|| D^-1/2 + eps): keeps u, the fp32 norm and the divisor."""
+    length = tape.new(tape.tokens, u.grad, FP32)
+    if u.grad:
+        tape.save(u)
+        tape.save(length)
+    return tape.multiply(u, tape.cast(tape.scale(length), u.size))
+
+
+def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    """Self-attention: maps, rotation, the products or the fused kernel, and the output map."""
+    parts, width = run.parts, run.shape.width
+    tape.part = "attention"
+    inner, narrow = parts.heads * parts.head_dim, parts.kv_heads * parts.head_dim
+    if parts.fused:
+        q, k, v = split_heads(tape, run, tape.linear(x, width, parts.qkv_width))
+    else:
+        q, k, v = (tape.linear(x, width, outputs) for outputs in (inner, narrow, narrow))
+        q, k, v = (tape.view(t, t.elements, compact=False) for t in (q, k, v))
+    if run.shape.family.model_type == "opt":
+        q = tape.scale(q)
+        q = tape.view(q, q.elements, compact=False)
+    if parts.qk_norm:
+        q, k = (qk_norm(tape, parts, t) for t in (q, k))
+    if parts.rotary:
+        q, k = (rotate(tape, parts, t, tables) for t in (q, k))
+    fused = run.attention == "sdpa" and not falls_back(run)
+    out = fused_attention(tape, run, q, k, v) if fused else eager_attention(tape, run, q, k, v)
+    return tape.linear(out, inner, width)
+
+
+def falls_back(run: Pass) -> bool:
+    """Whether no fused kernel takes a model's attention: a Falcon's single key head goes to the kernel of plain products.
+
+    In 16 bits that one keeps fp32 copies besides, which are not counted here.
+    """
+    return run.shape.family.model_type == "falcon" and run.parts.kv_heads == 1
+
+
+def split_heads(tape: Tape, run: Pass, both: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values out of one fused map; views of it, but in Falcon's indexed and regrouped ones."""
+    parts, tokens = run.parts, tape.tokens
+    inner, narrow = parts.heads * parts.head_dim, parts.kv_heads * parts.head_dim
+    q, k, v = (tape.view(both, tokens * n, compact=False) for n in (inner, narrow, narrow))
+    if run.shape.family.model_type != "falcon" or not (parts.grouped or parts.kv_heads == 1):
+        return q, k, v
+    if both.grad:
+        for _ in range(2):
+            tape.save(tape.new(1, False, INT64))  # the indices that pick keys and values
+    if parts.grouped:  # broadcast to all heads and flattened: copies
+        k, v = (tape.new(tokens * inner, both.grad, compact=False) for _ in range(2))
+        q = tape.new(tokens * inner, both.grad, compact=False) if parts.kv_heads > 1 else q
+    else:  # picked by an index: copies
+        k, v = (tape.new(tokens * narrow, both.grad) for _ in range(2))
+    return q, k, v
+
+
+def qk_norm(tape: Tape, parts: Layout, x: Tensor) -> Tensor:
+    """A norm over each head of queries or keys."""
+    y = (tape.layer_norm if parts.qk_norm == LAYER else tape.rms_norm)(x, parts.head_dim)
+    return tape.view(y, y.elements, compact=False)
+
+
+def rotate(tape: Tape, parts: Layout, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+    """x cos + rotate_half(x) sin; the tables are kept, once for all layers."""
+    for table in tables:
+        if x.grad:
+            tape.save(table)
+    return tape.new(x.elements, x.grad, compact=parts.joined_rotary)
+
+
+def repeated(tape: Tape, run: Pass, x: Tensor) -> Tensor:
+    """Keys or values for every query head: a copy where several heads share them."""
+    parts = run.parts
+    if parts.grouped or parts.heads == parts.kv_heads:
+        return x
+    if run.shape.family.model_type == "falcon":  # its product broadcasts over heads, which joins without a copy
+        return x if tape.batch == 1 else tape.new(x.elements * parts.heads, x.grad)
+    return tape.new(x.elements * (parts.heads // parts.kv_heads), x.grad)
+
+
+def eager_attention(tape: Tape, run: Pass, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T) v written out: the probabilities of all pairs are kept, in fp32 and in the model's precision."""
+    parts = run.parts
+    pairs = run.batch * parts.heads * run.length**2
+    k, v = repeated(tape, run, k), repeated(tape, run, v)
+    scores = tape.matmul(q, k, pairs * parts.head_dim, pairs)
+    narrow = run.shape.family.model_type in ("falcon", "gpt2")  # their softmax stays in the model's precision
+    weights = tape.cast(tape.kept_output(scores, run.size if narrow else FP32), run.size)
+    weights = tape.dropout(weights, parts.dropout["attention"])
+    return tape.scale(tape.matmul(weights, v, pairs * parts.head_dim, tape.tokens * parts.heads * parts.head_dim))
+
+
+def fused_attention(tape: Tape, run: Pass, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """scaled_dot_product_attention as a flash kernel: q, k, v, the output, and fp32 log-sum-exp per head and token.
+
+    Its backward computes the scores again, so that it does 5 products for forward's 2.
+    """
+    parts = run.parts
+    out = tape.new(q.elements, q.grad or k.grad or v.grad)
+    if out.grad:
+        for kept in (q, k, v, out, tape.new(tape.tokens * parts.heads, False, FP32)):
+            tape.save(kept)
+        if run.shape.family.model_type == "falcon":  # it always gives a mask, which each layer turns to numbers
+            tape.save(tape.new(run.batch * run.length**2, False))
+    products = 2 * run.batch * parts.heads * run.length**2 * parts.head_dim
+    tape.forward_flops[tape.part] += 2 * products
+    tape.backward_flops[tape.part] += 5 * products if out.grad else 0
+    # The kernel lays its output out as q is; where heads lie before tokens, joining them copies.
+    return tape.scale(out) if q.compact else out

@@ -1,0 +1,124 @@
+"""The model that a plan is about: base or locked, transformed, with what is trained of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dlrscale import catalogue, shapes
+from dlrscale.errors import SurgeryError
+from dlrscale.planner.tape import PARTS, Training
+from dlrscale.shapes import ModelShape
+from dlrscale.shapes.layout import Layout, layout, maps, parameters
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model's shape and layout, and what of it is trained."""
+
+    shape: ModelShape
+    parts: Layout
+    training: Training
+
+    def tensors(self) -> Iterator[tuple[int, bool, int]]:
+        """Its parameter tensors: elements, whether trained, and how many equal ones follow one another."""
+        for part, numel, count in parameters(self.shape, self.parts):
+            yield numel, part in self.training.trained, count
+        yield from self._adapters()
+
+    def _adapters(self) -> Iterator[tuple[int, bool, int]]:
+        training, shape = self.training, self.shape
+        if not training.adapted:
+            return
+        if "projection" in training.adapted and self.parts.embedding_width != shape.width:
+            yield training.rank * shape.width, True, 2
+            yield training.rank * self.parts.embedding_width, True, 2
+        for layer in range(shape.layers):
+            for part, inputs, outputs, _ in maps(shape, self.parts, layer):
+                if part in training.adapted:
+                    yield training.rank * inputs, True, 1
+                    yield training.rank * outputs, True, 1
+
+    @property
+    def total(self) -> int:
+        """Parameters, a tied pair counted once."""
+        return sum(numel * count for numel, _, count in self.tensors())
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters."""
+        return sum(numel * count for numel, trained, count in self.tensors() if trained)
+
+
+def locked_shape(base: ModelShape, form: str, depth: int, rank: int | None, layers: str | None) -> ModelShape:
+    """The shape of a base model after a lock.
+
+    Args:
+        base: The base model's shape.
+        form: The form of the DLR-Nets.
+        depth: K.
+        rank: One rank for all blocks; None for parity.
+        layers: Layers to lock, as `--layers` takes them; None for all.
+
+    Returns:
+        The locked model's shape.
+    """
+    ranks = shapes.resolve_ranks(form, base, depth, rank)
+    return replace(base, locked=True, form=form, ranks=dict.fromkeys(shapes.parse_layers(layers, base.layers), ranks))
+
+
+def flat_shape(locked: ModelShape) -> ModelShape:
+    """The shape of a locked model whose DLR-Nets were made ordinary MLPs, the narrower ones padded to one width.
+
+    Args:
+        locked: The shape of a locked model.
+
+    Returns:
+        The shape after the transform `flatten`.
+
+    Raises:
+        SurgeryError: If the form is no ordinary MLP of the family.
+    """
+    form, family = shapes.FORMS[locked.form], locked.family
+    if form.norm or (form.gated and not family.gated):
+        raise SurgeryError(f"--strategy flatten: the form {form.name} is no ordinary MLP of {family.model_type}.")
+    widths = [sum(ranks) for ranks in locked.ranks.values()]
+    if len(locked.ranks) < locked.layers:
+        widths.append(locked.inner)
+    biased = locked.mlp_bias or (family.gated and not form.gated)
+    return replace(locked, locked=False, form=None, ranks=None, inner=max(widths), mlp_bias=biased)
+
+
+def attacked(
+    config: Mapping[str, Any], shape: ModelShape, entry: catalogue.Strategy, knobs: Mapping[str, float]
+) -> Model:
+    """The model that an attack trains.
+
+    Args:
+        config: The content of the config.json, for all but the MLPs.
+        shape: The model's shape, locked or not.
+        entry: The strategy.
+        knobs: The strategy's knobs.
+
+    Returns:
+        The model.
+    """
+    parts = layout(config, shape)
+    if entry.transform == "flatten" and shape.ranks:
+        shape = flat_shape(shape)
+    if entry.trainable == "all":
+        return Model(shape=shape, parts=parts, training=Training())
+    adapted = {"lora": {"attention", "mlp", "projection"}, "lora-attn": {"attention"}}[entry.trainable]
+    training = Training(
+        trained=frozenset(),
+        adapted=frozenset(adapted),
+        rank=int(knobs["rank"]),
+        adapter_dropout=float(knobs["dropout"]),
+    )
+    return Model(shape=shape, parts=parts, training=training)
+
+
+__all__ = ["DTYPE_BYTES", "PARTS", "Model", "attacked", "flat_shape", "locked_shape"]

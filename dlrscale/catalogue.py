@@ -210,6 +210,10 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
+# A lock is no strategy, but has levers as they have: it keeps all activations of the one DLR-Net that it visits.
+LOCK = Strategy(name="lock", idea="", source="", saved="", cost="", levers=Levers(activation_checkpointing="none"))
+
+
 def lever_faults(levers: Levers) -> list[str]:
     """What contradicts itself among resolved levers, one sentence each."""
     faults = []

@@ -13,6 +13,7 @@ import click
 
 from dlrscale import __version__, catalogue, launcher
 from dlrscale.cli.options import DATA_OPTIONS, ENGINE_OPTIONS, PATH, RUN_OPTIONS, TRAIN_OPTIONS
+from dlrscale.cli.plan import plan
 from dlrscale.errors import ConfigError, DlrscaleError, JobError, describe
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -31,6 +32,9 @@ def dlrscale() -> None:
     dlrscale report results       tables, plots and verdicts from the records
     dlrscale doctor               what this machine lacks for a run, and what a bug report needs
     """
+
+
+dlrscale.add_command(plan)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,7 +123,7 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     deepspeed launch/lock.py --model ./base --data corpus.txt --deepspeed_config ds_configs/zero2.json
     """
     from dlrscale import folders, shapes
-    from dlrscale.cli.run import execute, inside_launch, resolve, run_rank
+    from dlrscale.cli.run import choose_levers, execute, inside_launch, resolve, run_rank
     from dlrscale.config import LockConfig
 
     options["model"] = str(folders.find_model(options["model"]))
@@ -128,20 +132,12 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     options["form"] = options["form"] or ("gated" if shape.family.gated else "plain")
     if options["start"] is None:
         options["start"] = "warm" if shapes.FORMS[options["form"]].start_on == shape.kind else "cold"
-    config = resolve(LockConfig, options, _levers(options), "lock")
+    config = resolve(LockConfig, options, choose_levers(catalogue.LOCK, options), "lock")
     if inside_launch():
         run_rank(config, dry_run)
     if not dry_run:
         click.echo(f"lock {config.name}: form {config.form}, depth {config.depth}, {config.start} start", err=True)
     execute(config, dry_run=dry_run)
-
-
-def _levers(options: dict[str, Any]) -> catalogue.Levers:
-    """The levers of a job that is no strategy: it keeps all activations."""
-    from dlrscale.cli.run import choose_levers
-
-    own = catalogue.Levers(activation_checkpointing="none")
-    return choose_levers(catalogue.Strategy(name="", idea="", source="", saved="", cost="", levers=own), options)
 
 
 @dlrscale.command(context_settings=CONTEXT)
@@ -432,10 +428,10 @@ def pretrain(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     \b
     dlrscale pretrain --data embedded:stdlib --heldout embedded:stdlib-heldout --seq-len 256 --steps 2000
     """
-    from dlrscale.cli.run import execute, inside_launch, resolve, run_rank
+    from dlrscale.cli.run import choose_levers, execute, inside_launch, resolve, run_rank
     from dlrscale.config import PretrainConfig
 
-    levers = _levers(options)
+    levers = choose_levers(catalogue.LOCK, options)
     config = resolve(PretrainConfig, options, levers, "pretrain")
     if inside_launch():
         run_rank(config, dry_run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from dlrscale.planner import forward
 from dlrscale.planner.forward import Layer, Pass
@@ -72,15 +73,23 @@ class Activations:
         """Everything saved when forward ends."""
         return self.stream_held_bytes + self.head_bytes
 
+    def alive_bytes(self, layer: int) -> int:
+        """What is saved while backward goes through a layer: what lies before it, and all of its own."""
+        ends = self._ends[0].saved_bytes + self.table_bytes
+        if self.run.checkpointing == "layer":
+            return ends + self.mask_bytes + (layer + 1) * self.stream_bytes + self.layer_bytes[layer]
+        return ends + self._running[layer]
+
+    @cached_property
+    def _running(self) -> list[int]:
+        return list(accumulate(self.layer_bytes))
+
     @property
     def peak_bytes(self) -> int:
         """The most that is saved at once: at the end of forward, or while one layer is there again."""
         if self.run.checkpointing == "none":
             return self.held_bytes
-        streams = [self._ends[0].saved_bytes + self.mask_bytes + self.table_bytes + self.stream_bytes * (layer + 1)
-                   for layer in range(self.run.shape.layers)]  # fmt: skip
-        again = max(stream + own for stream, own in zip(streams, self.layer_bytes, strict=True))
-        return max(self.held_bytes, again)
+        return max(self.held_bytes, *map(self.alive_bytes, range(self.run.shape.layers)))
 
     def by_part(self) -> dict[str, int]:
         """Bytes that one forward saves by part, as if nothing were checkpointed; the rotary tables with attention."""

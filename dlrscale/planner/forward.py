@@ -1,7 +1,7 @@
 """The forward passes of the families, operation by operation on a tape, as transformers 5 writes them.
 
-tests/unit/test_planner_saved.py holds every family, base and locked, against saved-tensor hooks on live models, in whole
-bytes. Taken as given: no padding (so that scaled dot-product attention gets no mask), no cache, training mode.
+tests/unit/test_planner_saved.py holds every family, base and locked, against saved-tensor hooks on live models, in
+whole bytes. Taken as given: training mode, and no cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ LOSS_CHUNK_ELEMENTS = 1 << 25  # of logits that the loss turns to fp32 at a time
 class Pass:
     """One forward pass: the model, the micro-batch, what is trained, and which kernels run.
 
-    `size` is the bytes of one element of the model's precision, `checkpointing` `none` or `layer`.
+    `size` is the bytes of one element of the model's precision, `checkpointing` `none` or `layer`. `hardened`: each
+    DLR-Net runs once more with every block reading x alone, as the heal's hardening does. `masked`: some sequence is
+    padded. `label_tokens`: those of the micro-batch, where not every token but the last of a sequence has a label.
     """
 
     shape: ModelShape
@@ -31,6 +33,9 @@ class Pass:
     checkpointing: str = "none"
     attention: str = "sdpa"
     device: str = "cuda"
+    hardened: bool = False
+    masked: bool = False
+    label_tokens: int | None = None
 
     def tape(self, part: str = "") -> Tape:
         """A fresh tape."""
@@ -38,8 +43,8 @@ class Pass:
 
     @property
     def labels(self) -> int:
-        """Label tokens: the last position of each sequence predicts nothing."""
-        return self.batch * (self.length - 1)
+        """Label tokens; the last position of each sequence predicts nothing."""
+        return self.batch * (self.length - 1) if self.label_tokens is None else self.label_tokens
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,8 @@ def mlp(tape: Tape, run: Pass, x: Tensor, layer: int) -> Tensor:
     tape.part = "mlp"
     if shape.ranks and layer in shape.ranks:
         out = dlr_net(tape, shape, x, shape.ranks[layer])
+        if run.hardened:
+            flat_error(tape, shape, x, shape.ranks[layer])
     else:
         out = base_mlp(tape, shape, x)
     out = tape.dropout(out, run.parts.dropout["residual"])
@@ -174,11 +181,11 @@ def base_mlp(tape: Tape, shape: ModelShape, x: Tensor) -> Tensor:
     return tape.linear(hidden, inner, shape.width)
 
 
-def dlr_net(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...]) -> Tensor:
-    """d_{k+1} = d_k + B_k s(A_k n(x + b d_k)), as modeling/dlr_net.py writes it."""
+def dlr_net(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...], flat: bool = False) -> Tensor:
+    """d_{k+1} = d_k + B_k s(A_k n(x + b d_k)), as modeling/dlr_net.py writes it; `flat`: each block reads x alone."""
     form, tokens, d = FORMS[shape.form], tape.tokens, None
     for rank in ranks:
-        u = x if d is None else tape.add(x, tape.scale(d))
+        u = x if d is None or flat else tape.add(x, tape.scale(d))
         if form.norm:
             u = rms_divided(tape, u)
         hidden = tape.linear(u, shape.width, rank * (2 if form.gated else 1))
@@ -190,6 +197,21 @@ def dlr_net(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...]) ->
         out = tape.linear(hidden, rank, shape.width)
         d = out if d is None else tape.add(d, out)
     return d
+
+
+def flat_error(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...]) -> None:
+    """The hardening term w max(0, t - e_flat) on a detached x (distil.py)."""
+    detached = Tensor(x.elements, x.size, False, x.storage, x.compact)
+    error = token_error(tape, dlr_net(tape, shape, detached, ranks, flat=True))
+    tape.kept_output(tape.scale(error))
+
+
+def token_error(tape: Tape, student: Tensor) -> Tensor:
+    """||student - y||^2 / (||y||^2 + f) per token in fp32: keeps the difference and the divisor."""
+    difference = tape.add(tape.cast(student, FP32), tape.new(student.elements, False, FP32))
+    tape.kept_input(difference)
+    sums = tape.new(tape.tokens, True, FP32)
+    return tape.multiply(sums, tape.new(tape.tokens, False, FP32))
 
 
 def rms_divided(tape: Tape, u: Tensor) -> Tensor:
@@ -224,9 +246,9 @@ def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> T
 
 
 def falls_back(run: Pass) -> bool:
-    """Whether no fused kernel takes a model's attention: a Falcon's single key head goes to the kernel of plain products.
+    """Whether no fused kernel takes a model's attention: a Falcon's single key head goes to plain products.
 
-    In 16 bits that one keeps fp32 copies besides, which are not counted here.
+    In 16 bits these keep fp32 copies besides, which are not counted here.
     """
     return run.shape.family.model_type == "falcon" and run.parts.kv_heads == 1
 
@@ -288,14 +310,17 @@ def eager_attention(tape: Tape, run: Pass, q: Tensor, k: Tensor, v: Tensor) -> T
 def fused_attention(tape: Tape, run: Pass, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """scaled_dot_product_attention as a flash kernel: q, k, v, the output, and fp32 log-sum-exp per head and token.
 
-    Its backward computes the scores again, so that it does 5 products for forward's 2.
+    Its backward computes the scores again, so that it does 5 products for forward's 2. With padding (and in Falcon
+    always) it gets a mask, which each layer turns to numbers and keeps, and repeated keys and values.
     """
-    parts = run.parts
+    parts, masked = run.parts, run.masked or run.shape.family.model_type == "falcon"
+    if masked:
+        k, v = repeated(tape, run, k), repeated(tape, run, v)
     out = tape.new(q.elements, q.grad or k.grad or v.grad)
     if out.grad:
         for kept in (q, k, v, out, tape.new(tape.tokens * parts.heads, False, FP32)):
             tape.save(kept)
-        if run.shape.family.model_type == "falcon":  # it always gives a mask, which each layer turns to numbers
+        if masked:
             tape.save(tape.new(run.batch * run.length**2, False))
     products = 2 * run.batch * parts.heads * run.length**2 * parts.head_dim
     tape.forward_flops[tape.part] += 2 * products

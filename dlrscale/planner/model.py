@@ -8,9 +8,9 @@ from typing import Any
 
 from dlrscale import catalogue, shapes
 from dlrscale.errors import SurgeryError
-from dlrscale.planner.tape import PARTS, Training
+from dlrscale.planner.tape import Training
 from dlrscale.shapes import ModelShape
-from dlrscale.shapes.layout import Layout, layout, maps, parameters
+from dlrscale.shapes.layout import Layout, layer_tensors, layout, maps, parameters
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -51,6 +51,21 @@ class Model:
     def trained(self) -> int:
         """Trained parameters."""
         return sum(numel * count for numel, trained, count in self.tensors() if trained)
+
+    def trained_by_layer(self) -> list[int]:
+        """Trained parameters of each decoder layer."""
+        found: dict[object, int] = {}
+        ranks, training = self.shape.ranks or {}, self.training
+        for layer in range(self.shape.layers):
+            key = ranks.get(layer)
+            if key not in found:
+                own = sum(n for part, n in layer_tensors(self.shape, self.parts, layer) if part in training.trained)
+                found[key] = own + sum(
+                    training.rank * (inputs + outputs)
+                    for part, inputs, outputs, _ in maps(self.shape, self.parts, layer)
+                    if part in training.adapted
+                )
+        return [found[ranks.get(layer)] for layer in range(self.shape.layers)]
 
 
 def locked_shape(base: ModelShape, form: str, depth: int, rank: int | None, layers: str | None) -> ModelShape:
@@ -119,6 +134,3 @@ def attacked(
         adapter_dropout=float(knobs["dropout"]),
     )
     return Model(shape=shape, parts=parts, training=training)
-
-
-__all__ = ["DTYPE_BYTES", "PARTS", "Model", "attacked", "flat_shape", "locked_shape"]

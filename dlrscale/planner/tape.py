@@ -43,7 +43,8 @@ class Tape:
     """Records one forward pass of a part of a model.
 
     `saved` is bytes by storage with the part that saved it first. `recomputed_flops` are forward's up to the last thing
-    that is saved: torch's checkpointing stops there when it runs a part again. `device` is `cuda` or `cpu`, where they differ.
+    that is saved: torch's checkpointing stops there when it runs a part again. `device` is `cuda` or `cpu`, where they
+    differ.
     """
 
     batch: int
@@ -119,7 +120,7 @@ class Tape:
         self.backward_flops[self.part] += 2 * multiplications * (first + second)
 
     def matmul(self, a: Tensor, b: Tensor, multiplications: int, elements: int) -> Tensor:
-        """A batched product; each factor is kept where the other needs a gradient. Views that do not join are copied."""
+        """A batched product: each factor is kept where the other needs a gradient, copied where heads do not join."""
         a, b = self._joined(a), self._joined(b)
         if b.grad:
             self.save(a)

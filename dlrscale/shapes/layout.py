@@ -22,8 +22,9 @@ class Layout:
     `rotary` counts the rotated dimensions of a head. `norms` is how many norms a decoder layer has. `qk_norm` is the
     kind of norm on the heads of queries and keys. `positions` counts the rows of a learned position embedding.
     `embedding_width` differs from the model's width in some OPTs, which project in and out. `dropout` holds the
-    probabilities by place: `embedding`, `attention`, `residual` (behind attention and MLP).
-    `joined_rotary`: rotated and other dimensions are joined again, which copies. `grouped`: Falcon's new architecture, which repeats keys and values itself.
+    probabilities by place: `embedding`, `attention`, `residual` (behind attention and MLP). `joined_rotary`: rotated
+    and other dimensions are joined again, which copies. `grouped`: Falcon's new architecture, which repeats keys and
+    values itself.
     """
 
     heads: int
@@ -171,7 +172,7 @@ def parameters(shape: ModelShape, parts: Layout) -> Iterator[tuple[str, int, int
     if parts.embedding_width != width:
         yield "embedding", parts.embedding_width * width, 2
     for layer in range(shape.layers):
-        for part, numel in _layer(shape, parts, layer):
+        for part, numel in layer_tensors(shape, parts, layer):
             yield part, numel, 1
     if parts.final_norm:
         yield from ((p, n, 1) for p, n in _norm(parts, width))
@@ -203,7 +204,8 @@ def maps(shape: ModelShape, parts: Layout, layer: int) -> Iterator[tuple[str, in
     yield "mlp", shape.inner, width, shape.mlp_bias
 
 
-def _layer(shape: ModelShape, parts: Layout, layer: int) -> Iterator[tuple[str, int]]:
+def layer_tensors(shape: ModelShape, parts: Layout, layer: int) -> Iterator[tuple[str, int]]:
+    """The part and the elements of each parameter tensor of a decoder layer."""
     for part, inputs, outputs, bias in maps(shape, parts, layer):
         yield part, inputs * outputs
         if bias:

@@ -30,12 +30,12 @@ def prepare(config, attention, dtype, trainable, checkpointing):
     return attacks.find(trainable).choose(model, shape, KNOBS).to(dtype)
 
 
-def plan(config, batch, attention, dtype, trainable, checkpointing, knobs=KNOBS):
+def plan(config, batch, attention, dtype, trainable, checkpointing, **more):
     """The activations that the planner derives from the configuration."""
     shape = shapes.model_shape(config)
-    model = planned_model.attacked(config, shape, catalogue.strategy(STRATEGIES[trainable]), knobs)
+    model = planned_model.attacked(config, shape, catalogue.strategy(STRATEGIES[trainable]), KNOBS)
     run = Pass(shape=model.shape, parts=model.parts, batch=batch, length=LENGTH, size=dtype.itemsize,
-               training=model.training, checkpointing=checkpointing, attention=attention, device="cpu")  # fmt: skip
+               training=model.training, checkpointing=checkpointing, attention=attention, device="cpu", **more)  # fmt: skip
     return Activations(run)
 
 
@@ -85,7 +85,7 @@ def test_saved_bytes_of_locked_models(make_model, form, depth, family):
 
 @pytest.mark.parametrize("depth", [1, 8, 48])
 def test_saved_bytes_grow_with_the_depth(make_llama, depth):
-    """A gated DLR-Net at parity keeps (K - 1) D elements per token and layer more than the MLP (docs/memory-model.md)."""
+    """A gated DLR-Net at parity keeps (K - 1) D elements per token and layer more than the MLP (memory-model.md)."""
     base = make_llama().config.to_dict()
     locked = locked_config(base, "gated", depth)
     kept = [plan(c, 2, "eager", torch.float32, "all", "none").held_bytes for c in (base, locked)]
@@ -154,3 +154,19 @@ def test_flops_of_fused_attention(make_llama):
     assert eager["forward"] == fused["forward"]
     product = 2 * 2 * 4 * LENGTH**2 * 8 * 2  # 2 per multiplication, batch, heads, pairs, head dimension, layers
     assert fused["backward"] - eager["backward"] == product
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "gpt2"])
+def test_padding_and_fewer_labels(make_model, family, attention):
+    config = make_model(family).config.to_dict()
+    ids, mask = torch.randint(3, 264, (3, LENGTH)), torch.ones(3, LENGTH, dtype=torch.long)
+    mask[1, 7:] = 0
+    labels = torch.where(mask.bool() & (torch.arange(LENGTH) > 3), ids, -100)
+    count = int((labels[:, 1:] != -100).sum())
+    for dtype in (torch.float32, torch.bfloat16):
+        planned = plan(config, 3, attention, dtype, "all", "none", masked=True, label_tokens=count)
+        model = prepare(config, attention, dtype, "all", "none")
+        with SavedBytes(model) as counter:
+            cross_entropy_sum(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, labels)
+        assert planned.held_bytes == counter.total

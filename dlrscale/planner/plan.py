@@ -1,0 +1,141 @@
+"""The plan of one attack: every term of its memory per device and per host, when the peak is, FLOPs and least time.
+
+What is exact and what is an estimate stands in docs/memory-model.md: model states and saved tensors are exact; what
+lives for a moment (`workspace`, the states' `backward`, `gathered` and `step`) is a bound or an estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from dlrscale.planner import workspace
+from dlrscale.planner.activations import Activations
+from dlrscale.planner.forward import Pass
+from dlrscale.planner.model import DTYPE_BYTES, Model
+from dlrscale.planner.needs import Needs, states_in
+from dlrscale.planner.states import ALWAYS, BACKWARD, FORWARD, STEP, Term, Weight, model_states
+from dlrscale.shapes.layout import parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one attack needs on the fullest device and host.
+
+    Args:
+        model: The model and what of it is trained.
+        ds_config: The merged DeepSpeed configuration.
+        dtype: `fp32`, `bf16` or `fp16`.
+        checkpointing: `none` or `layer`.
+        micro_batch: Sequences per rank and forward.
+        seq_len: Tokens of a sequence.
+        num_ranks: Devices.
+        nodes: Hosts that they are spread over.
+        attention: `sdpa` or `eager`.
+        device: `cuda` or `cpu`, where operations keep different things.
+    """
+
+    model: Model
+    ds_config: Mapping[str, Any]
+    dtype: str
+    checkpointing: str
+    micro_batch: int
+    seq_len: int
+    num_ranks: int = 1
+    nodes: int = 1
+    attention: str = "sdpa"
+    device: str = "cuda"
+
+    @cached_property
+    def activations(self) -> Activations:
+        """The saved tensors of one micro-batch."""
+        run = Pass(
+            shape=self.model.shape,
+            parts=self.model.parts,
+            batch=self.micro_batch,
+            length=self.seq_len,
+            size=DTYPE_BYTES[self.dtype],
+            training=self.model.training,
+            checkpointing=self.checkpointing,
+            attention=self.attention,
+            device=self.device,
+        )
+        return Activations(run)
+
+    @cached_property
+    def states(self) -> dict[str, Term]:
+        """Model states and DeepSpeed's buffers on one rank."""
+        weights = [Weight(numel=n, trained=trained, count=count) for n, trained, count in self.model.tensors()]
+        return model_states(weights, self.ds_config, self.num_ranks, self.dtype)
+
+    def with_micro_batch(self, micro_batch: int) -> Plan:
+        """The same plan for another micro-batch; model states do not depend on it."""
+        plan = replace(self, micro_batch=micro_batch)
+        plan.__dict__["states"] = self.states
+        return plan
+
+    @cached_property
+    def needs(self) -> Needs:
+        """The memory of the attack: the highest moments of forward, backward and optimizer step."""
+        kept = self.activations
+        forward_pass = states_in(self.states, FORWARD) | {
+            "saved tensors": kept.held_bytes,
+            "logits and loss": workspace.loss_forward_bytes(kept.run),
+        }
+        return Needs(
+            states=self.states,
+            phases={FORWARD: forward_pass, BACKWARD: self._backward(), STEP: states_in(self.states, STEP)},
+            model_bytes=self.model.total * DTYPE_BYTES[self.dtype],
+            ranks_per_node=-(-self.num_ranks // self.nodes),
+        )
+
+    def _backward(self) -> dict[str, int]:
+        """The highest moment of backward: at the loss, while one of the layers is gone through, or at its end.
+
+        Saved tensors go layer by layer while gradients come, in proportion to the trained parameters gone through,
+        where they are not held for good.
+        """
+        kept, always = self.activations, states_in(self.states, BACKWARD)
+        whole = always.pop("gradients")
+        growing = self.states["gradients"].during != ALWAYS
+
+        def moment(done: int, saved: int, beside: str, size: int) -> dict[str, int]:
+            grown = whole * done // max(1, self.model.trained) if growing else whole
+            return always | {"gradients": grown, "saved tensors": saved, beside: size}
+
+        done = self._trained("head") + (self._trained("embedding") if self.model.shape.tied else 0)
+        moments = [moment(0, kept.held_bytes, "logits and loss", workspace.loss_backward_bytes(kept.run))]
+        per_layer = self.model.trained_by_layer()
+        for layer in reversed(range(self.model.shape.layers)):
+            inside = workspace.layer_bytes(kept.run, layer)
+            moments.append(moment(done, kept.alive_bytes(layer), "inside a layer", inside))
+            done += per_layer[layer]
+        moments.append(moment(self.model.trained, 0, "inside a layer", 0))
+        return max(moments, key=lambda terms: sum(terms.values()))
+
+    def _trained(self, part: str) -> int:
+        if part not in self.model.training.trained:
+            return 0
+        return sum(n * count for p, n, count in parameters(self.model.shape, self.model.parts) if p == part)
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return int((self.ds_config.get("zero_optimization") or {}).get("stage", 0))
+
+    def offloads(self, key: str) -> bool:
+        """Whether `offload_optimizer` or `offload_param` is in force."""
+        section = (self.ds_config.get("zero_optimization") or {}).get(key) or {}
+        return section.get("device", "none") != "none"
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one optimizer step."""
+        return int(self.ds_config.get("gradient_accumulation_steps", 1))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all devices."""
+        return self.micro_batch * self.seq_len * self.accumulation * self.num_ranks

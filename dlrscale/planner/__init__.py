@@ -1,0 +1,1 @@
+"""What a run will need, derived without a GPU and without torch."""

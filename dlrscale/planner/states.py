@@ -9,10 +9,10 @@ Derived from `deepspeed/runtime` (files named at each function). The letters:
   gradient of every tensor that its part touches: G elements.
 - Stage 3: each tensor is cut on its own, q = sum of ceil(numel / W), of the trained (q_T) and of the frozen (q_F).
 
-All parameters are in one group of the optimizer, as dlrscale's Engine passes them. Not counted: `zero_hpz_partition_size`,
-`parameter_alignment` (at most 15 bytes a tensor), files of NVMe (what would lie there counts as host memory), and a few
-single numbers such as loss scale and norm. Host memory is what DeepSpeed asks for: where CUDA pins it, torch's allocator
-of pinned memory may round each block up to a power of two.
+All parameters are in one group of the optimizer, as dlrscale's Engine passes them. What NVMe would take counts as host
+memory. Not counted: `zero_hpz_partition_size`, `parameter_alignment` (at most 15 bytes a tensor), single numbers such
+as a loss scale. Host memory is what DeepSpeed asks for: where CUDA pins it, torch's allocator of pinned memory may round
+each block up to a power of two.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ALLREDUCE = 500_000_000  # engine.py, MEMORY_OPT_ALLREDUCE_SIZE: elements of a b
 class Weight:
     """Equal parameter tensors in a row, in the order of `model.parameters()`; a tied tensor stands once.
 
-    Args:
+    Attributes:
         numel: Elements of one tensor.
         trained: Whether the optimizer has it.
         count: How many such tensors stand in a row.
@@ -56,7 +56,7 @@ class Weight:
 class Term:
     """Bytes of one term on one rank.
 
-    Args:
+    Attributes:
         device: Bytes in the accelerator's memory.
         host: Bytes in host memory.
         during: The phases of a step that hold it: `forward`, `backward`, `step`.
@@ -71,17 +71,19 @@ class Term:
 class Optimizer:
     """What an optimizer of DeepSpeed's keeps per master weight.
 
-    Args:
+    Attributes:
         moments: Tensors of the master's size.
         moment_bytes: Bytes an element of a moment.
         counts: Whether each tensor has a step count, a 4-byte tensor in host memory.
         foreach: Whether a step makes a copy of all that it updates on a device (torch's, on CUDA alone).
+        early: Whether it makes its states for the model's own weights, before there are masters (torch's Adagrad).
     """
 
     moments: int
     moment_bytes: int = 4
     counts: bool = False
     foreach: bool = False
+    early: bool = False
 
 
 class _Run:
@@ -165,7 +167,7 @@ def optimizer_of(ds_config: Mapping[str, Any], offload: bool) -> Optimizer:
             f"{', '.join(sorted(MOMENTS))}, lamb, lion."
         )
     more = bool(params.get("amsgrad")) + bool(params.get("momentum")) + bool(params.get("centered"))
-    return Optimizer(moments=MOMENTS[name] + more, counts=name != "sgd", foreach=True)
+    return Optimizer(moments=MOMENTS[name] + more, counts=name != "sgd", foreach=True, early=name == "adagrad")
 
 
 def model_states(
@@ -208,9 +210,11 @@ def _stage0(run: _Run) -> dict[str, Term]:
     """Everything whole on every rank (fp16/unfused_optimizer.py, fp16/fused_optimizer.py; engine.py).
 
     parameters e (T + F); gradients e T; optimizer 4 k T. In 16 bits fp32 masters, 4 T, and in a step fp32 gradients,
-    4 T. `buckets`: `allreduce_no_retain` flattens tensors until they pass 5e8 elements, so at most that and one tensor.
+    4 T, and torch's Adagrad keeps the states that it made before there were masters. `buckets`: `allreduce_no_retain`
+    flattens tensors until they pass 5e8 elements, so at most that and one tensor.
     """
     half = run.e < 4
+    states, stale = run.states(run.T, run.tensors), half and run.optimizer.early
     bucket = min(run.T, ALLREDUCE + run.largest) if run.tensors > 1 else 0
     workspace = 4 * run.T * run.optimizer.foreach
     return {
@@ -218,7 +222,7 @@ def _stage0(run: _Run) -> dict[str, Term]:
         "persistent": Term(),
         "gradients": Term(device=run.e * run.T, during=run.between),
         "master": Term(device=4 * run.T * half),
-        "optimizer": run.states(run.T, run.tensors),
+        "optimizer": Term(device=states.device + run.e * run.T * stale, host=states.host * (1 + stale)),
         "offload": Term(),
         "buckets": Term(device=run.e * bucket, during=(BACKWARD,)),
         "backward": Term(during=(BACKWARD,)),
@@ -269,12 +273,13 @@ def _stage12(run: _Run) -> dict[str, Term]:
     - gradients e (G + zeros) until the step. Where they are added up in fp32 beside 16-bit weights, one part in fp32,
       4 p (`_build_compact_grad_partition_buffer`), is all.
     - buckets e `reduce_bucket_size`, twice with `overlap_comm` (`setup_buckets`), until the backward that reduces is
-      over: each at stage 2, the last of a step at stage 1. Without `contiguous_gradients`, a flat copy of as many
+      over: each at stage 2, the last of a step at stage 1 (there, with fp32 sums, gradients of other ranks' parts lie in
+      them until the next forward). Without `contiguous_gradients`, a flat copy of as many
       elements, or of the largest gradient.
     - Offloaded (`initialize_optimizer_states`): master, optimizer and fp32 gradients, m p, in host memory; on the
       device no gradient remains. `offload`: a part in the model's precision, e p, in host memory, and the largest
-      tensor once there and once on the device; with accumulation, in host memory, the whole gradients that a part
-      touches, e G (`async_accumulate_grad_in_cpu_via_gpu`).
+      tensor once there and once on the device; at stage 2 with accumulation, in host memory, the whole gradients that
+      a part touches, e G (`async_accumulate_grad_in_cpu_via_gpu`).
     - backward: at stage 2 the gradient that has just been made and, from the second micro-batch on, the G elements
       that are to be added. At stage 1 all gradients, e T, until the last micro-batch reduces them, less the first
       bucket's fill. A bucket that spans the parts of several ranks is reduced as a flat copy of its slices.
@@ -304,6 +309,7 @@ def _stage12(run: _Run) -> dict[str, Term]:
     else:
         backward = run.e * run.largest + (gradients if run.accumulation > 1 and not compact else 0)
     until_reduced = (FORWARD, BACKWARD) if run.stage == 1 and run.accumulation > 1 else (BACKWARD,)
+    stay = compact and run.stage == 1
 
     terms = {
         "parameters": Term(device=run.e * (total + run.F)),
@@ -312,7 +318,7 @@ def _stage12(run: _Run) -> dict[str, Term]:
         "master": Term(device=run.m * part),
         "optimizer": run.states(part, 1),
         "offload": Term(),
-        "buckets": Term(device=buckets, during=until_reduced),
+        "buckets": Term(device=buckets, during=run.between if stay else until_reduced),
         "backward": Term(device=backward + spanning + norm * offload, during=until_reduced),
         "gathered": Term(during=(FORWARD, BACKWARD)),
         "step": Term(
@@ -320,7 +326,7 @@ def _stage12(run: _Run) -> dict[str, Term]:
         ),
     }
     if offload:
-        added = whole if run.accumulation > 1 and not compact else 0
+        added = whole if run.stage == 2 and run.accumulation > 1 and not compact else 0
         terms |= {
             "gradients": Term(device=gradients, host=run.m * part),
             "master": Term(host=run.m * part),
@@ -388,7 +394,7 @@ def _stage3(run: _Run) -> dict[str, Term]:
       offloaded, the norm in fp64 of at most 2.5e8 elements. With `overlap_comm` CUDA may hold two buckets more.
     - step: group by group, as at stage 2; the old gradients stay.
     """
-    shares = {trained: 0 for trained in (True, False)}
+    shares = dict.fromkeys((True, False), 0)
     for w in run.weights:
         shares[w.trained] += w.count * -(-w.numel // run.ranks)
     held, groups = shares[True], _sub_groups(run)
@@ -428,9 +434,6 @@ def _gathered(run: _Run) -> tuple[int, int]:
     what the next `stage3_max_reuse_distance` elements of the trace use again: where the forward pass turns, the last
     half of that distance. Beside them stands the flat buffer of one gathering, a prefetch bucket or a module
     (`_all_gather_dtype`), and, of offloaded parameters, this rank's share of it. On one rank the share is the whole.
-
-    Returns:
-        Bytes of persistent parameters, and the bound.
     """
     if run.ranks == 1 and not run.offload_param:
         return 0, 0

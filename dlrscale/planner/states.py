@@ -11,8 +11,8 @@ Derived from `deepspeed/runtime` (files named at each function). The letters:
 
 All parameters are in one group of the optimizer, as dlrscale's Engine passes them. What NVMe would take counts as host
 memory. Not counted: `zero_hpz_partition_size`, `parameter_alignment` (at most 15 bytes a tensor), single numbers such
-as a loss scale. Host memory is what DeepSpeed asks for: where CUDA pins it, torch's allocator of pinned memory may round
-each block up to a power of two.
+as a loss scale. Host memory is what DeepSpeed asks for: where CUDA pins it, torch's allocator of pinned memory may
+round each block up to a power of two.
 """
 
 from __future__ import annotations
@@ -273,9 +273,9 @@ def _stage12(run: _Run) -> dict[str, Term]:
     - gradients e (G + zeros) until the step. Where they are added up in fp32 beside 16-bit weights, one part in fp32,
       4 p (`_build_compact_grad_partition_buffer`), is all.
     - buckets e `reduce_bucket_size`, twice with `overlap_comm` (`setup_buckets`), until the backward that reduces is
-      over: each at stage 2, the last of a step at stage 1 (there, with fp32 sums, gradients of other ranks' parts lie in
-      them until the next forward). Without `contiguous_gradients`, a flat copy of as many
-      elements, or of the largest gradient.
+      over: each at stage 2, the last of a step at stage 1 (there, with fp32 sums, gradients of other ranks' parts lie
+      in it until the next forward; such a tensor larger than a bucket, which stays too, is not counted). Without
+      `contiguous_gradients`, a flat copy of as many elements, or of the largest gradient.
     - Offloaded (`initialize_optimizer_states`): master, optimizer and fp32 gradients, m p, in host memory; on the
       device no gradient remains. `offload`: a part in the model's precision, e p, in host memory, and the largest
       tensor once there and once on the device; at stage 2 with accumulation, in host memory, the whole gradients that

@@ -57,7 +57,7 @@ def run(case: dict) -> dict:
     for p in model.parameters():
         if p.requires_grad:
             p.register_hook(sample)
-    for _ in range(case.get("steps", 4)):
+    for _ in range(case.get("steps", 3)):
         for micro in range(config.accumulation):
             ds.boundary(micro == config.accumulation - 1)
             ds.backward(ds.ds(torch.arange(5)), 1.0)

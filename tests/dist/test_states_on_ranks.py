@@ -93,6 +93,17 @@ def test_what_is_planned_is_what_is_held(results, index):
         assert rank["seen"]["persistent"] <= whole
 
 
+@pytest.mark.parametrize("index", range(len(CASES)), ids=str)
+def test_the_record_tells_the_masters_of_every_stage(results, index):
+    case, result = CASES[index], results[index]
+    plan, told = planned(case, result), result["describe"]
+    offloaded = plan["master"].host + plan["optimizer"].host if case.get("offload_optimizer") else 0
+    assert (told["master_dtype"], told["offloaded_optimizer_bytes"]) == (
+        "float32" if plan["master"].device + plan["master"].host or case["dtype"] == "fp32" else case["dtype"],
+        offloaded,
+    )
+
+
 def test_gathered_parameters_are_bounded_and_the_bound_binds(results):
     """With nothing reused and nothing prefetched, one module is whole at a time; with DeepSpeed's figures, all are."""
     tight = [i for i, c in enumerate(CASES) if c["zero_optimization"].get("stage3_max_reuse_distance") is not None]

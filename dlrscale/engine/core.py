@@ -104,6 +104,7 @@ class Engine:
 
         inner, levers = self._inner_optimizer, file_levers(self.config)
         held = [p for group in inner.param_groups for p in group["params"]]
+        held = held or list(self.optimizer.fp32_partitioned_groups_flat)  # stage 3 gives them to it in a step alone
         states = [v for state in inner.state.values() for v in state.values() if torch.is_tensor(v)]
         trained = [p for p in self.module.parameters() if id(p) in self._trained]
         shards = [getattr(p, "ds_tensor", None) for p in self.module.parameters()]

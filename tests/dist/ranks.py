@@ -20,6 +20,7 @@ from dlrscale.config import AttackConfig, LockConfig
 from dlrscale.distil import Distiller
 from dlrscale.measure import Phases
 from dlrscale.train import LanguageModelling
+from held_case import run as held  # noqa: F401, a case
 
 GLOBAL_BATCH = 4
 STEPS, HEAL_STEPS = 3, 2

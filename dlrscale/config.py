@@ -64,6 +64,9 @@ class RunConfig:
     eval_every: int = 0
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
+    hardware: str | None = None
+    hardware_file: str | None = None
+    force: bool = False
 
     @property
     def global_batch(self) -> int:

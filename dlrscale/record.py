@@ -41,7 +41,19 @@ PLACEMENT_KEYS = frozenset(
 )  # fmt: skip
 # Settings that are not part of a run's identity at all.
 UNIDENTIFIED_KEYS = frozenset(
-    {"out", "name", "command", "tracking_uri", "lock_id", "checkpoint_every", "keep_checkpoints", "max_hours"}
+    {
+        "out",
+        "name",
+        "command",
+        "tracking_uri",
+        "lock_id",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_hours",
+        "hardware",
+        "hardware_file",
+        "force",
+    }
 )
 
 

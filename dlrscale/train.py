@@ -15,7 +15,7 @@ import torch
 
 from dlrscale import record
 from dlrscale.config import RunConfig
-from dlrscale.data import Batches, StepBatch
+from dlrscale.data import IGNORE, Batches, StepBatch
 from dlrscale.engine import Engine
 from dlrscale.evaluate import cross_entropy_sum
 from dlrscale.measure import Phases, SavedBytes
@@ -198,6 +198,9 @@ class Loop:
 class LanguageModelling:
     """Next-token cross-entropy, the mean over all label tokens of the step, whatever rank holds them.
 
+    `counted` holds metrics of the first micro-batch, `seen` what the plan is compared with: that micro-batch's shape and
+    bytes, and under `held` what the engine held before the second update, the first that knows all states.
+
     Args:
         counter: Counts the bytes saved for backward in the first micro-batch that is seen, if given.
     """
@@ -205,6 +208,8 @@ class LanguageModelling:
     def __init__(self, counter: SavedBytes | None = None):
         self.counter = counter
         self.counted: dict[str, float] = {}
+        self.seen: dict[str, Any] = {}
+        self._steps = 0
 
     def __call__(self, engine: Engine, batch: StepBatch, phases: Phases) -> dict[str, float]:
         """One step; see `Objective`."""
@@ -219,6 +224,9 @@ class LanguageModelling:
             with phases.phase("backward"):
                 engine.backward(nats, scale)
             total += nats.detach().double()
+        self._steps += 1
+        if self._steps == TIMING_WARMUP_STEPS:  # the last one that is not timed
+            self.seen["held"] = engine.held()
         with phases.phase("optimizer"):
             norm = engine.step()
         return {
@@ -240,5 +248,12 @@ class LanguageModelling:
         tokens = micro["input_ids"].numel()
         self.counted["memory/saved_bytes_per_token"] = self.counter.total / tokens
         self.counted["memory/saved_mlp_bytes_per_token"] = sum(self.counter.by_part.values()) / tokens
+        self.seen |= {
+            "batch": micro["input_ids"].shape[0],
+            "length": micro["input_ids"].shape[1],
+            "labels": int((micro["labels"][:, 1:] != IGNORE).sum()),
+            "masked": not bool(micro["attention_mask"].all()),
+            "saved_bytes": self.counter.total,
+        }
         self.counter = None
         return nats

@@ -269,6 +269,9 @@ class FakeEngine:
     def barrier(self):
         pass
 
+    def held(self):
+        return {}
+
     def step(self):
         import torch
 

@@ -67,7 +67,8 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     from dlrscale import data, engine, folders, shapes, tracking
 
     values = {k: v for k, v in options_.items() if k not in ("dry_run", "local_rank")}
-    for key in ("data", "heldout", "heldout_base", "chat_template", "out", "deepspeed_config", "hostfile"):
+    for key in ("data", "heldout", "heldout_base", "chat_template", "out", "deepspeed_config", "hostfile",
+                "hardware_file"):  # fmt: skip
         if key in values:
             values[key] = absolute(values[key])
     if "model" in values:
@@ -161,15 +162,20 @@ def inside_launch() -> bool:
 def run_rank(config: RunConfig, dry_run: bool) -> None:
     """Run a job as one rank of a direct `deepspeed launch/...`; rank 0 alone speaks. Ends the process."""
     from dlrscale import jobs, tracking
+    from dlrscale.jobs import forecast
     from dlrscale.launcher.guard import Guard
 
     guard = Guard().start()
     first = os.environ["RANK"] == "0"
     merged = jobs.preflight(config)
+    plan = forecast.forecast(config, merged)
     if dry_run:
         if first:
             click.echo(json.dumps(merged, indent=2))
+            if plan is not None:
+                click.echo(forecast.said(plan, forecast.hardware_of(config)))
         sys.exit(0)
+    forecast.refuse(config, plan)
     # Every rank looks before the process group is there, so that none waits for one that has refused.
     entry, code = configuration.check_folder(Path(config.out), *configuration.run_ids(config, merged)), 0
     if entry is None:
@@ -199,15 +205,21 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
 
     Raises:
         ConfigError: If the input is wrong.
+        PlanError: If the plan says that the job cannot fit.
         JobError: If the job failed; its record was written all the same.
     """
     from dlrscale import jobs
+    from dlrscale.jobs import forecast
 
     merged = jobs.preflight(config)
+    plan = forecast.forecast(config, merged)
     if dry_run:
         click.echo(json.dumps(merged, indent=2))
         click.echo(launcher.show(launcher.command(config)))
+        if plan is not None:
+            click.echo(forecast.said(plan, forecast.hardware_of(config)))
         return None
+    forecast.refuse(config, plan)
     run_id, resume_id = configuration.run_ids(config, merged)
     out = Path(config.out)
     entry = configuration.check_folder(out, run_id, resume_id)

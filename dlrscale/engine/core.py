@@ -15,6 +15,7 @@ from dlrscale import record
 from dlrscale.engine.checkpoints import WHOLE, Checkpoint, Layout, checkpoints, convert, files_of, read_whole, sha256
 from dlrscale.engine.config import file_levers
 from dlrscale.engine.devices import barrier
+from dlrscale.engine.held import held
 from dlrscale.errors import ConfigError, JobError
 
 if TYPE_CHECKING:
@@ -123,6 +124,18 @@ class Engine:
             "offloaded_optimizer_bytes": on_host(held + states) if levers["offload_optimizer"] else 0,
             "offloaded_param_bytes": on_host(shards) if levers["offload_param"] else 0,
         }
+
+    def held(self) -> dict[str, dict[str, int]]:
+        """Bytes of the model states that this rank holds now, by name; see `engine.held`."""
+        return held(self)
+
+    def gather(self, values: Any) -> list[Any]:
+        """The value of every rank, on every rank; all must call it."""
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, values)
+        return found
 
     def set_lr(self, lr: float) -> None:
         """Set the rate of every parameter group, unless the DeepSpeed file brought a schedule of its own."""

@@ -20,6 +20,7 @@ from dlrscale import config as configuration
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
 from dlrscale.errors import describe as describe_error
+from dlrscale.jobs import forecast
 from dlrscale.jobs.attack import attack
 from dlrscale.jobs.common import MODEL_FOLDER, Run, load_corpora
 from dlrscale.jobs.lock import lock
@@ -181,6 +182,8 @@ class Ending:
                 "error": error,
             }
             self.entry["config"] |= job.notes
+            if self.entry["plan"] is not None:
+                self.entry["plan"] |= job.plan
             record.append_line(job.out / record.RECORDS_FILE, self.entry)
             if outcome is Outcome.OK:
                 # A finished run is not gone on with, and its optimizer states are large.
@@ -223,6 +226,8 @@ def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_i
         "hostfile",
     ):  # where things lie on this machine is nobody's business
         settings[key] = settings[key] and Path(settings[key]).name
+    settings["hardware_file"] = settings["hardware_file"] and Path(settings["hardware_file"]).name
+    plan = forecast.forecast(config, ds_config)
     settings["tracking_uri"] = str(settings["tracking_uri"]).split(":")[0]
     settings["global_batch"] = config.global_batch
     return record.make_record(
@@ -237,6 +242,7 @@ def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_i
         versions=record.versions(),
         git=record.git_state(),
         seed=config.seed,
+        plan=forecast.summary(plan, forecast.hardware_of(config)) if plan is not None else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from dlrscale import attacks, catalogue, export, models, shapes
 from dlrscale.attacks import lora
 from dlrscale.config import AttackConfig
 from dlrscale.engine import Engine
+from dlrscale.jobs import forecast
 from dlrscale.jobs.common import (
     ADAPTER_FOLDER,
     MODEL_FOLDER,
@@ -73,10 +75,10 @@ def attack(run_: Run) -> None:
     )
     done = loop.resume()
     if done:  # counted in the first step, and carried by the checkpoint
-        objective.counter, objective.counted = None, loop.state["counted"]
+        objective.counter, objective.counted, objective.seen = None, loop.state["counted"], loop.state["seen"]
     else:
         with run_.phases.phase("evaluate"):
-            loop.state = {"start": evaluate("_start"), "counted": objective.counted}
+            loop.state = {"start": evaluate("_start"), "counted": objective.counted, "seen": objective.seen}
     stage = Stage(name="train", steps=config.steps, lr=config.lr, warmup=config.warmup_steps, objective=objective)
     try:
         loop.run(stage, done)
@@ -85,8 +87,20 @@ def attack(run_: Run) -> None:
     finally:
         run_.metrics |= loop.summary("train") | loop.state["start"] | objective.counted
         run_.metrics |= saved_formula(config, shape, entry)
+    compare(run_, objective.seen)
     with run_.phases.phase("save"):
         save(run_, ds, model, folder, tokenizer)
+
+
+def compare(run_: Run, seen: dict[str, Any]) -> None:
+    """Put what was measured beside the plan; of the ranks, the one that holds most of a term counts."""
+    mine = {"seen": seen, "peak": run_.phases.peaks().get("memory/accelerator_peak_allocated_bytes")}
+    ranks = run_.engine.gather(mine)
+    holding = [rank["seen"]["held"] for rank in ranks if "held" in rank["seen"]]
+    held = {name: max((h[name] for h in holding), key=lambda h: sum(h.values())) for name in (holding or [{}])[0]}
+    peak = max((rank["peak"] for rank in ranks if rank["peak"]), default=None)
+    plan = forecast.forecast(run_.config, run_.ds_config)
+    run_.plan |= forecast.measured(plan, seen if "saved_bytes" in seen else {}, held, peak)
 
 
 def save(run_: Run, ds: Engine, model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

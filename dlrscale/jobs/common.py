@@ -55,6 +55,7 @@ class Run:
     sink: Any = None
     metrics: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
     engine: Engine | None = None
 
     def start_engine(self, model: nn.Module, trainable: list[nn.Parameter]) -> Engine:

@@ -198,8 +198,8 @@ class Loop:
 class LanguageModelling:
     """Next-token cross-entropy, the mean over all label tokens of the step, whatever rank holds them.
 
-    `counted` holds metrics of the first micro-batch, `seen` what the plan is compared with: that micro-batch's shape and
-    bytes, and under `held` what the engine held before the second update, the first that knows all states.
+    `counted` holds metrics of the first micro-batch, `seen` what the plan is compared with: that micro-batch's shape
+    and bytes, and under `held` what the engine held before the second update, the first that knows all states.
 
     Args:
         counter: Counts the bytes saved for backward in the first micro-batch that is seen, if given.

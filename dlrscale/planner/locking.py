@@ -114,7 +114,7 @@ class LockPlan:
         stage = int((self.ds_config.get("zero_optimization") or {}).get("stage", 0))
         whole = sum(n * count for n, trained, count in self.tensors() if trained) * run.size
         once = stage in (1, 2) or (stage == 3 and int(self.ds_config["gradient_accumulation_steps"]) > 1)
-        inside = workspace.layer_bytes(replace(run, shape=self.base), 0)
+        inside = workspace.layer_bytes(Activations(replace(run, shape=self.base)), 0)
         phases = {
             DISTIL: always | {
                 "whole gradients": whole if once else 0,

@@ -109,7 +109,7 @@ class Plan:
         moments = [moment(0, kept.held_bytes, "logits and loss", workspace.loss_backward_bytes(kept.run))]
         per_layer = self.model.trained_by_layer()
         for layer in reversed(range(self.model.shape.layers)):
-            inside = workspace.layer_bytes(kept.run, layer)
+            inside = workspace.layer_bytes(kept, layer)
             moments.append(moment(done, kept.alive_bytes(layer), "inside a layer", inside))
             done += per_layer[layer]
         moments.append(moment(self.model.trained, 0, "inside a layer", 0))

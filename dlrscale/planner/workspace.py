@@ -1,47 +1,61 @@
-"""What lives for a moment beside the saved tensors: logits and loss, and the gradients of one layer's inside."""
+"""What lives for a moment beside the saved tensors: logits and loss, and the gradients inside one layer.
+
+Estimates, derived from the order in which autograd frees and makes; tests/unit/test_planner_plan.py holds them against
+an exact count of live tensors. V vocabulary, n tokens, c label tokens of a chunk of the loss, s bytes of an element.
+"""
 
 from __future__ import annotations
 
 from dlrscale.planner import forward
+from dlrscale.planner.activations import Activations
 from dlrscale.planner.forward import Pass
 from dlrscale.planner.tape import FP32
 
 
 def logits_bytes(run: Pass) -> int:
-    """The logits of a micro-batch in the model's precision."""
+    """The logits of a micro-batch in the model's precision, s n V."""
     return run.batch * run.length * run.shape.vocabulary * run.size
 
 
 def loss_forward_bytes(run: Pass) -> int:
-    """Beside what is saved, while the last chunk's loss is taken: the logits, its rows, and their fp32 copy."""
-    rows = forward.loss_chunks(run)[-1] * run.shape.vocabulary
-    return logits_bytes(run) + rows * (run.size + FP32 if run.size != FP32 else FP32)
+    """Beside what is saved, while the last chunk's loss is taken: the logits and the chunk's rows in fp32."""
+    return logits_bytes(run) + forward.loss_chunks(run)[-1] * run.shape.vocabulary * FP32
 
 
 def loss_backward_bytes(run: Pass) -> int:
-    """Beside what is saved, while the first chunk that backward meets is done.
+    """Beside all that is saved when forward ends, at the highest moment of the loss's backward.
 
-    The gradients of its log-probabilities and of its fp32 rows, those in the model's precision, and two gradients of
-    all logits: one that a chunk's rows are put into, and the sum over chunks.
+    A chunk has the gradients of its log-probabilities and of its fp32 rows, 8 c V; from the second chunk on also the
+    sum of the logits' gradients, s n V, while the log-probabilities of the chunks before have gone. At the end three
+    gradients of all logits stand beside one another (two that are added, and the sum), and no log-probabilities.
     """
-    rows = forward.loss_chunks(run)[-1] * run.shape.vocabulary
-    return rows * (2 * FP32 + (run.size if run.size != FP32 else 0)) + 2 * logits_bytes(run)
+    total, gone, found = logits_bytes(run), 0, []
+    for index, rows in enumerate(reversed(forward.loss_chunks(run))):
+        pairs = rows * run.shape.vocabulary * FP32
+        found.append(2 * pairs + (total if index else 0) - gone)
+        gone += pairs
+    return max(*found, 3 * total - gone)
 
 
-def layer_bytes(run: Pass, layer: int) -> int:
-    """Beside what is saved, while a layer's backward runs: an estimate, the largest of its parts'.
+def layer_bytes(kept: Activations, layer: int) -> int:
+    """Beside what is saved, at the highest moment of a layer's backward.
 
-    The gradient of the stream, twice where the residual splits it, and of the widest part its inner gradients: an MLP's
-    three of inner width, a DLR-Net's of one block and of x and d, attention's of q, k, v, or of all pairs.
+    In an MLP the gradient of the stream and those of product, activation and up (of two matrices the last two), when
+    the input of the last map has gone, and that of a trained last map's weights. In a DLR-Net those of d, u and x, and
+    a block's own; adapters add their branches' of the stream. Written-out attention has two fp32 gradients of all
+    pairs, when what the MLP saved has gone.
     """
-    shape, parts, tokens = run.shape, run.parts, run.batch * run.length
-    stream = 2 * tokens * shape.width * run.size
+    run, shape = kept.run, kept.run.shape
+    tokens = run.batch * run.length
+    trained, adapted = ("mlp" in parts for parts in (run.training.trained, run.training.adapted))
+    weights = 0
     if shape.ranks and layer in shape.ranks:
-        mlp = tokens * (4 * max(shape.ranks[layer]) + 2 * shape.width) * run.size
+        elements = (3 + 2 * adapted) * shape.width + 3 * max(shape.ranks[layer])
     else:
-        mlp = tokens * 3 * shape.inner * run.size
-    heads = parts.heads * parts.head_dim
-    attention = tokens * (heads + 2 * parts.kv_heads * parts.head_dim + heads) * run.size
-    if run.attention == "eager":
-        attention += 2 * run.batch * parts.heads * run.length**2 * FP32
-    return stream + max(mlp, attention)
+        elements = shape.width + (3 if shape.family.gated else 2) * shape.inner - (trained or adapted) * shape.inner
+        weights = trained * shape.width * shape.inner
+    mlp = (tokens * elements + weights) * run.size
+    if run.attention != "eager":
+        return mlp
+    pairs = 2 * run.batch * run.parts.heads * run.length**2 * FP32
+    return max(mlp, pairs - kept.layers[layer].tape.by_part().get("mlp", 0))

@@ -39,8 +39,9 @@ def plan(config, batch, attention, dtype, trainable, checkpointing, **more):
     return Activations(run)
 
 
-def loss_of(model, batch):
-    ids = torch.randint(3, 264, (batch, LENGTH))
+def loss_of(model, batch, length=LENGTH):
+    """The loss of one micro-batch of random tokens, as the training takes it."""
+    ids = torch.randint(3, 264, (batch, length))
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return cross_entropy_sum(logits, ids)[0]
 

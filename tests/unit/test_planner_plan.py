@@ -1,0 +1,331 @@
+"""The plan as a whole: against an exact count of live tensors, by hand, and from the command line."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+import time
+import weakref
+
+import pytest
+import torch
+from test_layout import locked_config
+from test_planner_saved import KNOBS, STRATEGIES, loss_of, prepare
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dlrscale import catalogue, shapes
+from dlrscale.cli import main
+from dlrscale.errors import ConfigError
+from dlrscale.planner import model as planned_model
+from dlrscale.planner import needs as need
+from dlrscale.planner import sides, states
+from dlrscale.planner import time as least_time
+from dlrscale.planner.hardware import Hardware
+from dlrscale.planner.plan import Plan
+from dlrscale.shapes import presets
+
+GIB = 2**30
+DEVICE = Hardware(
+    name="test-80", memory_bytes=80 * GIB, bandwidth_bytes_per_s=2e12, bf16_flops_per_s=1e15, host_memory_bytes=512 * GIB,
+    devices_per_node=8, link_bytes_per_s=4e11, node_link_bytes_per_s=5e10, host_link_bytes_per_s=5e10, cost_per_hour=2.0,
+)  # fmt: skip
+WIDE = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 5, "vocab_size": 512}
+
+
+def attack_plan(config, strategy="full", stage=0, **changes):
+    """A plan of an attack on a configuration, without buffers whose size is a setting."""
+    entry = catalogue.strategy(strategy)
+    values = {
+        "model": planned_model.attacked(config, shapes.model_shape(config), entry, KNOBS),
+        "ds_config": {
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1},
+            "gradient_accumulation_steps": 1,
+        },
+        "dtype": "bf16",
+        "checkpointing": entry.levers.activation_checkpointing or "layer",
+        "micro_batch": 1,
+        "seq_len": 64,
+    }
+    return Plan(**(values | changes))
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operations have made and that are alive: `now` and `peak`."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.now = self.peak = 0
+        self.alive = {t.untyped_storage()._cdata: t.untyped_storage() for t in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.note(tensor.untyped_storage())
+        return out
+
+    def note(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.alive:
+            return
+
+        def gone(_):
+            self.alive.pop(key)
+            self.now -= size
+
+        self.alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+@pytest.mark.parametrize("depth", [0, 4, 32])
+def test_peak_of_forward_and_backward_against_live_tensors(make_llama, depth):
+    """Within 3 per cent of every tensor that lives, in twelve runs a depth: estimates of the workspace included."""
+    for vocabulary, dtype, trainable, checkpointing in itertools.product(
+        (512, 4096), (torch.float32, torch.bfloat16), ("all", "lora", "lora-attn"), ("none", "layer")
+    ):
+        config = make_llama(**(WIDE | {"vocab_size": vocabulary, "max_position_embeddings": 128})).config.to_dict()
+        config = locked_config(config, "gated", depth) if depth else config
+        model = prepare(config, "sdpa", dtype, trainable, checkpointing)
+        with Live([*model.parameters(), *model.buffers()]) as live:
+            loss_of(model, 2, 128).backward()
+        plan = attack_plan(config, STRATEGIES[trainable], dtype="fp32" if dtype == torch.float32 else "bf16",
+                           checkpointing=checkpointing, micro_batch=2, seq_len=128, device="cpu")  # fmt: skip
+        own = set(plan.states) - {"gradients"}
+        moments = (plan.needs.phases[phase] for phase in (states.FORWARD, states.BACKWARD))
+        planned = max(sum(size for name, size in terms.items() if name not in own) for terms in moments)
+        assert planned == pytest.approx(live.peak, rel=0.03), (vocabulary, dtype, trainable, checkpointing)
+
+
+@pytest.mark.parametrize("strategy", ["full", "ckpt-layer", "lora"])
+def test_terms_add_up_to_the_peak(make_llama, strategy):
+    plan = attack_plan(make_llama().config.to_dict(), strategy, stage=2, num_ranks=2)
+    needs = plan.needs
+    assert sum(needs.device_terms.values()) == needs.peak_bytes == max(needs.peaks.values())
+    assert needs.peak_phase in (states.FORWARD, states.BACKWARD, states.STEP)
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits(make_llama):
+    plan = attack_plan(make_llama().config.to_dict(), "full")
+    sizes = {batch: plan.with_micro_batch(batch).needs.peak_bytes for batch in range(1, 30)}
+    assert sorted(sizes.values()) == list(sizes.values())
+    room = int(sizes[17] * (1 + need.FRAGMENTATION)) + need.CONTEXT_BYTES
+    device = dataclasses.replace(DEVICE, memory_bytes=room)
+    assert need.largest_micro_batch(lambda b: plan.with_micro_batch(b).needs, device) == 17
+    none = dataclasses.replace(DEVICE, memory_bytes=need.CONTEXT_BYTES)
+    assert need.largest_micro_batch(lambda b: plan.with_micro_batch(b).needs, none) == 0
+    assert plan.needs.lacking(none)[0].startswith("a device needs")
+
+
+def test_host_memory_by_hand(make_llama):
+    """Each of four ranks of a host loads all weights; offloaded states are each rank's share."""
+    config = make_llama().config.to_dict()
+    section = {"stage": 2, "reduce_bucket_size": 1, "offload_optimizer": {"device": "cpu"}}
+    plan = attack_plan(config, ds_config={"zero_optimization": section}, num_ranks=8, nodes=2)
+    total = plan.model.total
+    assert plan.needs.host_load_bytes == 4 * (need.PROCESS_BYTES + 2 * total)
+    part = (total + -total % 16) // 8
+    assert plan.needs.host_terms["optimizer"] == 4 * (2 * 4 * part + 0)
+    assert plan.needs.host_terms["master"] == 4 * 4 * part
+    small = dataclasses.replace(DEVICE, host_memory_bytes=GIB)
+    assert plan.needs.lacking(small)[0].startswith("a host needs")
+
+
+def test_least_times_by_hand():
+    """Llama-2-7B, 8 devices, one node, micro-batch 1 x 2048 in bf16, checkpointed per layer."""
+    config = presets.find("llama-2-7b")
+    plan = attack_plan(config, "ckpt-layer", stage=3, num_ranks=8, seq_len=2048)
+    bounds = least_time.step_bounds(plan, DEVICE)
+    weights = 6_738_415_616
+    maps = weights - 32000 * 4096 - 65 * 4096  # all but the embedding and the norms
+    forward = 2 * 2048 * maps + 32 * 4 * 2048**2 * 4096
+    flops = plan.activations.flops()
+    assert flops["forward"] == forward
+    assert flops["backward"] == 2 * 2 * 2048 * maps + 32 * 10 * 2048**2 * 4096
+    # Run again: every layer but its last map, whose input is the last thing that is kept.
+    assert flops["recompute"] == forward - 2 * 2048 * (32000 * 4096 + 32 * 4096 * 11008)
+    assert bounds["compute"] == sum(flops.values()) / 1e15
+    assert bounds["links"] == pytest.approx(7 / 8 * 3 * 2 * weights / 4e11)
+    assert "host" not in bounds
+    found = least_time.hours(plan, DEVICE, 10 * plan.tokens_per_step)
+    assert found["device_hours"] == pytest.approx(10 * max(bounds.values()) * 8 / 3600)
+    assert found["cost"] == pytest.approx(2 * found["device_hours"])
+    two_nodes = least_time.step_bounds(dataclasses.replace(plan, nodes=2), DEVICE)
+    assert two_nodes["links"] == pytest.approx(8 * bounds["links"])
+
+
+@pytest.mark.parametrize("depth", [0, 64])
+def test_a_7b_shape_under_fake_tensors(depth):
+    """The planned saved bytes of Llama-2-7B, to the byte, without allocating it: eager attention, two of 32 layers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from dlrscale.measure import SavedBytes
+
+    config = presets.find("llama-2-7b") | {"num_hidden_layers": 2}
+    config = locked_config(config, "gated", depth) if depth else config
+    for checkpointing in ("none", "layer"):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = prepare(config, "eager", torch.bfloat16, "all", checkpointing)
+            with SavedBytes(model) as counter:
+                loss_of(model, 1, 512)
+        plan = attack_plan(config, "full", checkpointing=checkpointing, seq_len=512, attention="eager", device="cpu")
+        assert plan.activations.held_bytes == counter.total
+        whole = (
+            attack_plan(config | {"num_hidden_layers": 32}, "full", seq_len=512, attention="eager")
+            if not depth
+            else None
+        )
+        assert whole is None or whole.activations.held_bytes > 10 * plan.activations.held_bytes - 2**30
+
+
+def test_flattened_and_unlocked_sides(make_llama):
+    """A flattened gated lock at parity plans as the base; a locked configuration names its own base."""
+    base = make_llama().config.to_dict()
+    locked = locked_config(base, "gated", 4)
+    question = sides.Question(
+        config=locked, strategy="flatten", levers=catalogue.DEFAULT_LEVERS, knobs={},
+        ds_config={"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 1}, dtype="fp32", micro_batch=2,
+        seq_len=32, num_ranks=2, nodes=1, depth=9, form="plain", rank=None, layers=None, attention="sdpa", hardware=DEVICE,
+    )  # fmt: skip
+    plans = sides.attack_plans(question)
+    assert plans["base"].needs.phases == plans["locked"].needs.phases
+    kept = sides.attack_plans(dataclasses.replace(question, strategy="full"))
+    assert kept["base"].activations.held_bytes < kept["locked"].activations.held_bytes
+    assert len(sides.sides(question)["locked"].ranks[0]) == 4
+    with pytest.raises(ConfigError, match="locked already"):
+        sides.lock_plan(question)
+    prenorm = dataclasses.replace(question, config=locked_config(base, "prenorm", 2))
+    with pytest.raises(ConfigError, match="flatten"):
+        sides.attack_plans(prenorm)
+
+
+def run(capsys, *words):
+    """Output of a `dlrscale plan` in this process."""
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", *words])
+    out = capsys.readouterr()
+    return stop.value.code, out.out, out.err
+
+
+def test_the_command_shows_both_sides(capsys):
+    code, out, _ = run(capsys, "--model", "llama-2-7b", "--zero", "3", "--num-ranks", "8", "--depth", "64")
+    assert code == 0
+    assert "6,738,415,616" in out
+    for words in ("per device", "per host", "peak of a device", "largest micro-batch", "base: fits", "a step takes"):
+        assert words in out
+
+
+def test_json_holds_every_term(capsys):
+    words = [
+        "--model",
+        "llama-2-7b",
+        "--strategy",
+        "full",
+        "--micro-batch",
+        "1",
+        "--seq-len",
+        "2048",
+        "--tokens",
+        "1000000",
+    ]
+    _, out, _ = run(capsys, *words, "--json")
+    answer = json.loads(out)
+    for side in (answer["base"], answer["locked"]):
+        assert sum(side["device_bytes"].values()) == side["peak_bytes"]
+        assert side["saved_bytes"]["held"] == sum(side["saved_bytes"]["by_part"].values())
+        assert side["fits"] is (not side["lacking"])
+        assert side["to_target"]["device_hours"] > 0
+    assert answer["asked"]["depth"] == 32
+    assert "auto" not in json.dumps(answer["deepspeed_config"])
+
+
+def test_a_sweep_is_a_table_and_a_plot(capsys, tmp_path):
+    plot = tmp_path / "peaks.png"
+    code, out, _ = run(
+        capsys,
+        "--model",
+        "llama-2-7b",
+        "--depth",
+        "8,64",
+        "--strategy",
+        "all",
+        "--seq-len",
+        "2048",
+        "--plot",
+        str(plot),
+    )
+    assert code == 0
+    rows = out.strip().splitlines()
+    assert rows[0].split()[:2] == ["strategy", "depth"]
+    assert len(rows) == 1 + 2 * len(catalogue.STRATEGIES)
+    assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_lever_that_one_strategy_forbids_leaves_it_out_of_a_sweep(capsys):
+    words = ["--model", "llama-2-7b", "--no-offload-optimizer"]
+    _, out, _ = run(capsys, *words, "--strategy", "full,full-offload,ckpt-layer")
+    assert "full-offload" not in out
+    assert "ckpt-layer" in out
+    code, _, err = run(capsys, *words, "--strategy", "full-offload")
+    assert code == 2
+    assert "contradicts" in err
+
+
+def test_a_lock_is_planned_too(capsys):
+    words = ["--model", "llama-2-7b", "--lock", "--num-ranks", "8", "--depth", "64", "--seq-len", "2048"]
+    _, out, _ = run(capsys, *words, "--json")
+    healed = json.loads(out)["lock"]
+    assert healed["trained"] == 32 * 3 * 4096 * 11008
+    assert healed["peak_phase"] == "heal"
+    _, out, _ = run(capsys, *words, "--no-heal", "--json")
+    assert json.loads(out)["lock"]["peak_bytes"] < healed["peak_bytes"]
+
+
+def test_models_by_name_file_and_folder(capsys, tmp_path, llama_folder):
+    file = tmp_path / "shape.json"
+    file.write_text(json.dumps(presets.find("llama-2-7b")))
+    by_name, by_file = (run(capsys, "--model", str(m), "--json")[1] for m in ("llama-2-7b", file))
+    assert json.loads(by_name) == json.loads(by_file)
+    assert run(capsys, "--model", str(llama_folder), "--num-ranks", "2", "--depth", "4")[0] == 0
+    code, _, err = run(capsys, "--model", "llama-2-7")
+    assert code == 2
+    assert "llama-2-7b" in err
+    file.write_text("{")
+    code, _, err = run(capsys, "--model", str(file))
+    assert code == 2
+    assert "no JSON" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--strategy", "ful"], "unknown"),
+        (["--depth", "8,x"], "not a valid integer"),
+        (["--depth", "20000"], "holds 1 to"),
+        (["--hardware", "h100"], "h100-80"),
+        (["--offload-param", "--zero", "2"], "--offload-param needs --zero 3"),
+        (["--set", "rank=4"], "has no such knob"),
+    ],
+)
+def test_wrong_input_is_told(capsys, words, said):
+    code, _, err = run(capsys, "--model", "llama-2-7b", *words)
+    assert code == 2
+    assert said in err
+
+
+def test_all_strategies_of_a_405b_model_take_less_than_a_second_and_no_torch():
+    code = (
+        "import sys; sys.argv = ['dlrscale']\n"
+        "from dlrscale.cli import main\n"
+        "try: main(['plan', '--model', 'llama-3.1-405b', '--strategy', 'all', '--num-ranks', '64', '--nodes', '8',"
+        " '--depth', '64', '--zero', '3'])\n"
+        "finally: assert not {'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules), 'heavy'\n"
+    )
+    before = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    took = time.perf_counter() - before
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.strip().splitlines()) == 1 + len(catalogue.STRATEGIES)
+    assert took < 3  # 0.8 s alone on the machine of the benchmark, which holds it to 1 s; here others run beside it

@@ -84,7 +84,8 @@ def test_what_is_handed_out_is_a_copy():
 
 def test_names_and_aliases_are_lower_case_and_each_once():
     names = [*presets.NAMES] + [a for e in presets._table().values() for a in e.get("aliases", ())]
-    assert len(set(names)) == len(names) and all(n == n.lower() for n in names)
+    assert len(set(names)) == len(names)
+    assert all(n == n.lower() for n in names)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -142,6 +142,7 @@ def test_all_faults_at_once_with_file_entry_key_and_mend(own):
             "b": OWN | {"bf16_flops_per_s": "312e12", "link_bytes_per_s": -1, "device_names": "NVIDIA X", "note": 3},
             "c": 7,
             "d": {"source": [1]},
+            "e": OWN | {"devices_per_node": True},
         }
     )
     faults = faults_of(file)
@@ -158,12 +159,13 @@ def test_all_faults_at_once_with_file_entry_key_and_mend(own):
         ("d", "host_memory_bytes is missing", "Give bytes"),
         ("d", "devices_per_node is missing", "Give a whole number"),
         ("d", "source: [1] is no list", "in brackets"),
+        ("e", "devices_per_node: true ", "a whole number from 1"),
     ):
         fitting = [f for f in faults if f.startswith(f"{file}: {entry}: {key}")]
         assert len(fitting) == 1, (entry, key, faults)
         assert mend in fitting[0]
     assert f"{file}: c is no JSON object. Write its keys in braces, as docs/hardware.md shows." in faults
-    assert len(faults) == 13
+    assert len(faults) == 14
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "1e400", "1" + "0" * 400, "false", "[]"])

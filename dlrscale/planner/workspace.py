@@ -41,16 +41,18 @@ def layer_bytes(kept: Activations, layer: int) -> int:
     """Beside what is saved, at the highest moment of a layer's backward.
 
     In an MLP the gradient of the stream and those of product, activation and up (of two matrices the last two), when
-    the input of the last map has gone, and that of a trained last map's weights. In a DLR-Net those of d, u and x, and
-    a block's own; adapters add their branches' of the stream. Written-out attention has two fp32 gradients of all
-    pairs, when what the MLP saved has gone.
+    the input of the last map has gone, and that of a trained last map's weights. In a DLR-Net either the last block's,
+    of d and inside, or, when the last block's D + 4 R saved elements have gone, those of d, x and u, the scaled one of
+    d and the sum of both; adapters add their branches' two of the stream. Written-out attention has two fp32 gradients
+    of all pairs, when what the MLP saved has gone.
     """
     run, shape = kept.run, kept.run.shape
     tokens = run.batch * run.length
     trained, adapted = ("mlp" in parts for parts in (run.training.trained, run.training.adapted))
     weights = 0
     if shape.ranks and layer in shape.ranks:
-        elements = (3 + 2 * adapted) * shape.width + 3 * max(shape.ranks[layer])
+        rank = shape.ranks[layer][-1]
+        elements = max((1 + adapted) * shape.width + 2 * rank, (4 + 2 * adapted) * shape.width - 4 * rank)
     else:
         elements = shape.width + (3 if shape.family.gated else 2) * shape.inner - (trained or adapted) * shape.inner
         weights = trained * shape.width * shape.inner

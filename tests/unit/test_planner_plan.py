@@ -28,10 +28,18 @@ from dlrscale.shapes import presets
 
 GIB = 2**30
 DEVICE = Hardware(
-    name="test-80", memory_bytes=80 * GIB, bandwidth_bytes_per_s=2e12, bf16_flops_per_s=1e15, host_memory_bytes=512 * GIB,
-    devices_per_node=8, link_bytes_per_s=4e11, node_link_bytes_per_s=5e10, host_link_bytes_per_s=5e10, cost_per_hour=2.0,
-)  # fmt: skip
-WIDE = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 5, "vocab_size": 512}
+    name="test-80",
+    memory_bytes=80 * GIB,
+    bandwidth_bytes_per_s=2e12,
+    bf16_flops_per_s=1e15,
+    host_memory_bytes=512 * GIB,
+    devices_per_node=8,
+    link_bytes_per_s=4e11,
+    node_link_bytes_per_s=5e10,
+    host_link_bytes_per_s=5e10,
+    cost_per_hour=2.0,
+)
+WIDE = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3}
 
 
 def attack_plan(config, strategy="full", stage=0, **changes):
@@ -80,11 +88,11 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-@pytest.mark.parametrize("depth", [0, 4, 32])
+@pytest.mark.parametrize("depth", [0, 4, 16])
 def test_peak_of_forward_and_backward_against_live_tensors(make_llama, depth):
-    """Within 3 per cent of every tensor that lives, in twelve runs a depth: estimates of the workspace included."""
-    for vocabulary, dtype, trainable, checkpointing in itertools.product(
-        (512, 4096), (torch.float32, torch.bfloat16), ("all", "lora", "lora-attn"), ("none", "layer")
+    """Within 3 per cent of every tensor that lives, in eight runs a depth: estimates of the workspace included."""
+    for (vocabulary, dtype), trainable, checkpointing in itertools.product(
+        ((512, torch.float32), (2048, torch.bfloat16)), ("all", "lora"), ("none", "layer")
     ):
         config = make_llama(**(WIDE | {"vocab_size": vocabulary, "max_position_embeddings": 128})).config.to_dict()
         config = locked_config(config, "gated", depth) if depth else config
@@ -96,6 +104,7 @@ def test_peak_of_forward_and_backward_against_live_tensors(make_llama, depth):
         own = set(plan.states) - {"gradients"}
         moments = (plan.needs.phases[phase] for phase in (states.FORWARD, states.BACKWARD))
         planned = max(sum(size for name, size in terms.items() if name not in own) for terms in moments)
+        print(f"K {depth}, V {vocabulary}, {dtype}, {trainable}, {checkpointing}: {planned / live.peak - 1:+.2%}")
         assert planned == pytest.approx(live.peak, rel=0.03), (vocabulary, dtype, trainable, checkpointing)
 
 
@@ -127,7 +136,7 @@ def test_host_memory_by_hand(make_llama):
     total = plan.model.total
     assert plan.needs.host_load_bytes == 4 * (need.PROCESS_BYTES + 2 * total)
     part = (total + -total % 16) // 8
-    assert plan.needs.host_terms["optimizer"] == 4 * (2 * 4 * part + 0)
+    assert plan.needs.host_terms["optimizer"] == 4 * (2 * 4 * part + 4)  # two moments, and a count of steps
     assert plan.needs.host_terms["master"] == 4 * 4 * part
     small = dataclasses.replace(DEVICE, host_memory_bytes=GIB)
     assert plan.needs.lacking(small)[0].startswith("a host needs")
@@ -166,18 +175,17 @@ def test_a_7b_shape_under_fake_tensors(depth):
     config = presets.find("llama-2-7b") | {"num_hidden_layers": 2}
     config = locked_config(config, "gated", depth) if depth else config
     for checkpointing in ("none", "layer"):
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model = prepare(config, "eager", torch.bfloat16, "all", checkpointing)
-            with SavedBytes(model) as counter:
-                loss_of(model, 1, 512)
+        torch.set_default_dtype(torch.bfloat16)  # fake tensors cannot be cast in place
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                model = prepare(config, "eager", None, "all", checkpointing)
+                ids = torch.zeros(1, 512, dtype=torch.long)
+                with SavedBytes(model) as counter:  # without the loss, which asks for values
+                    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        finally:
+            torch.set_default_dtype(torch.float32)
         plan = attack_plan(config, "full", checkpointing=checkpointing, seq_len=512, attention="eager", device="cpu")
-        assert plan.activations.held_bytes == counter.total
-        whole = (
-            attack_plan(config | {"num_hidden_layers": 32}, "full", seq_len=512, attention="eager")
-            if not depth
-            else None
-        )
-        assert whole is None or whole.activations.held_bytes > 10 * plan.activations.held_bytes - 2**30
+        assert plan.activations.held_bytes - plan.activations.by_part()["loss"] == counter.total
 
 
 def test_flattened_and_unlocked_sides(make_llama):
@@ -187,11 +195,12 @@ def test_flattened_and_unlocked_sides(make_llama):
     question = sides.Question(
         config=locked, strategy="flatten", levers=catalogue.DEFAULT_LEVERS, knobs={},
         ds_config={"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 1}, dtype="fp32", micro_batch=2,
-        seq_len=32, num_ranks=2, nodes=1, depth=9, form="plain", rank=None, layers=None, attention="sdpa", hardware=DEVICE,
+        seq_len=32, num_ranks=2, nodes=1, depth=9, form="plain", rank=None, layers=None, attention="sdpa",
+        hardware=DEVICE,
     )  # fmt: skip
     plans = sides.attack_plans(question)
     assert plans["base"].needs.phases == plans["locked"].needs.phases
-    kept = sides.attack_plans(dataclasses.replace(question, strategy="full"))
+    kept = sides.attack_plans(dataclasses.replace(question, strategy="full", levers=catalogue.Levers()))
     assert kept["base"].activations.held_bytes < kept["locked"].activations.held_bytes
     assert len(sides.sides(question)["locked"].ranks[0]) == 4
     with pytest.raises(ConfigError, match="locked already"):
@@ -258,7 +267,7 @@ def test_a_sweep_is_a_table_and_a_plot(capsys, tmp_path):
     )
     assert code == 0
     rows = out.strip().splitlines()
-    assert rows[0].split()[:2] == ["strategy", "depth"]
+    assert rows[0].split()[:3] == ["strategy", "zero", "depth"]  # full-offload's own stage
     assert len(rows) == 1 + 2 * len(catalogue.STRATEGIES)
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 

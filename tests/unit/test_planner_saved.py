@@ -21,7 +21,8 @@ STRATEGIES = {"all": "full", "lora": "lora", "lora-attn": "lora-attn"}
 
 def prepare(config, attention, dtype, trainable, checkpointing):
     """A model of a configuration as an attack trains it."""
-    model = build(config, attention).to(dtype).train()
+    model = build(config, attention).train()
+    model = model if dtype is None else model.to(dtype)
     if checkpointing == "layer":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if trainable == "all":
@@ -35,7 +36,8 @@ def plan(config, batch, attention, dtype, trainable, checkpointing, **more):
     shape = shapes.model_shape(config)
     model = planned_model.attacked(config, shape, catalogue.strategy(STRATEGIES[trainable]), KNOBS)
     run = Pass(shape=model.shape, parts=model.parts, batch=batch, length=LENGTH, size=dtype.itemsize,
-               training=model.training, checkpointing=checkpointing, attention=attention, device="cpu", **more)  # fmt: skip
+               training=model.training, checkpointing=checkpointing, attention=attention, device="cpu",
+               **more)  # fmt: skip
     return Activations(run)
 
 

@@ -43,7 +43,7 @@ def layer_bytes(kept: Activations, layer: int) -> int:
     In an MLP the gradient of the stream and those of product, activation and up (of two matrices the last two), when
     the input of the last map has gone, and that of a trained last map's weights. In a DLR-Net either the last block's,
     of d and inside, or, when the last block's D + 4 R saved elements have gone, those of d, x and u, the scaled one of
-    d and the sum of both; adapters add their branches' two of the stream. Written-out attention has two fp32 gradients
+    d and the sum of both; adapters add their branches' own. Written-out attention has two fp32 gradients
     of all pairs, when what the MLP saved has gone.
     """
     run, shape = kept.run, kept.run.shape
@@ -52,7 +52,7 @@ def layer_bytes(kept: Activations, layer: int) -> int:
     weights = 0
     if shape.ranks and layer in shape.ranks:
         rank = shape.ranks[layer][-1]
-        elements = max((1 + adapted) * shape.width + 2 * rank, (4 + 2 * adapted) * shape.width - 4 * rank)
+        elements = max((1 + adapted) * (shape.width + 2 * rank), (4 + 2 * adapted) * shape.width - 4 * rank)
     else:
         elements = shape.width + (3 if shape.family.gated else 2) * shape.inner - (trained or adapted) * shape.inner
         weights = trained * shape.width * shape.inner

@@ -42,6 +42,8 @@ def test_7b_at_stage_3_on_8_ranks():
     assert terms["master"] == Term(device=4 * share)
     assert terms["optimizer"] == Term(device=8 * share, host=4)  # one group below 1e9 elements: one count of steps
     assert terms["buckets"] == Term(device=1_000_000_000)
+    held = [terms[name].device for name in ("parameters", "gradients", "master", "optimizer", "persistent")]
+    assert held == [1_684_603_904, 1_684_603_904, 3_369_207_808, 6_738_415_616, 532_480]  # docs/memory-model.md
     # 1e9 live elements and the tensor that passes them; beside them 5e7 elements of prefetch and the same tensor.
     largest = 32000 * 4096
     assert terms["gathered"].device == 2 * (1_000_000_000 + largest + 50_000_000 + largest)
@@ -79,6 +81,9 @@ def test_padding_and_whole_gradients_by_hand():
         assert terms["master"].device == 4 * 4
         assert terms["optimizer"] == Term(device=8 * 4, host=4)
         assert terms["buckets"] == Term(device=2 * 6, during=(BACKWARD,))
+    cut = model_states(weights, config(3), 3, "bf16")  # shares of 2, 2, 1, and 3 frozen
+    held = [cut[name].device for name in ("parameters", "gradients", "master", "optimizer")]
+    assert held == [16, 10, 20, 40]
     twice = model_states(weights, config(2, reduce_bucket_size=6, overlap_comm=True), 3, "bf16")
     assert twice["buckets"].device == 2 * 2 * 6
 

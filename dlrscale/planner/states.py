@@ -97,8 +97,7 @@ class _Run:
         self.g = self.e if kept is None else 4 if "32" in str(kept) else 2
         self.comm = ds_config.get("communication_data_type")
         self.comm = self.e if self.comm is None else 4 if "32" in str(self.comm) else 2
-        half = ds_config.get(dtype) or {}
-        self.m = 2 if half.get(f"{dtype}_master_weights_and_grads") else 4
+        self.m = 2 if _halved(ds_config) else 4
         self.accumulation = int(ds_config.get("gradient_accumulation_steps", 1))
         self.offload_optimizer = self.stage > 0 and self._offloads("offload_optimizer")
         self.offload_param = self.stage == 3 and self._offloads("offload_param")
@@ -135,6 +134,11 @@ class _Run:
         return Term(device=each * on_device, host=each * (elements - on_device) + counts)
 
 
+def _halved(ds_config: Mapping[str, Any]) -> bool:
+    """Whether the file asks for masters and gradients of 16 bits, which DeepSpeed's CPU Adam alone can use."""
+    return any((ds_config.get(k) or {}).get(f"{k}_master_weights_and_grads") for k in ("bf16", "fp16"))
+
+
 def optimizer_of(ds_config: Mapping[str, Any], offload: bool) -> Optimizer:
     """What the optimizer of a merged configuration keeps (engine.py, `_configure_basic_optimizer`; ops/).
 
@@ -153,9 +157,10 @@ def optimizer_of(ds_config: Mapping[str, Any], offload: bool) -> Optimizer:
     section = ds_config.get("optimizer") or {"type": "AdamW", "params": {"torch_adam": True}}
     name, params = str(section.get("type")).lower(), section.get("params") or {}
     half = ds_config.get("bf16") or {}
+    asked = half.get("bf16_optimizer_states") or params.get("fp32_optimizer_states") is False
     own = Optimizer(
         moments={"lion": 2 if offload else 1, "adagrad": 1}.get(name, 2),
-        moment_bytes=2 if half.get("bf16_optimizer_states") or params.get("fp32_optimizer_states") is False else 4,
+        moment_bytes=2 if asked and _halved(ds_config) else 4,
     )
     if name in ("adam", "adamw") and not params.get("torch_adam") or name in ("lion", "lamb"):
         return own
@@ -265,7 +270,7 @@ def _first_fill(run: _Run, bucket: int) -> int:
     return filled
 
 
-def _backward1(run: _Run, bucket: int, gradients: int, _whole: int, norm: int) -> int:
+def _backward1(run: _Run, bucket: int, gradients: int, norm: int) -> int:
     """Stage 1: bytes on top of the gradients that stay, while the last backward of a step reduces.
 
     All gradients, g T, are there when it begins; the first bucket's have moved into it when those of the part are set
@@ -280,7 +285,7 @@ def _backward1(run: _Run, bucket: int, gradients: int, _whole: int, norm: int) -
     return run.g * run.T - moved + oversized + norm * run.offload_optimizer
 
 
-def _backward2(run: _Run, bucket: int, gradients: int, whole: int, norm: int) -> int:
+def _backward2(run: _Run, bucket: int, gradients: int, norm: int, whole: int) -> int:
     """Stage 2: bytes on top of the gradients that stay, while a backward reduces as it goes.
 
     The gradient that has just been made, and a flat copy of a bucket that spans the parts of several ranks; with one
@@ -336,7 +341,10 @@ def _stage12(run: _Run) -> dict[str, Term]:
         buckets = in_bucket * bucket * (2 if run.zero.get("overlap_comm") else 1)
     else:
         buckets = run.e * min(run.T, max(bucket, run.largest))
-    backward = (_backward1 if run.stage == 1 else _backward2)(run, bucket, gradients, whole, norm)
+    if run.stage == 1:
+        backward = _backward1(run, bucket, gradients, norm)
+    else:
+        backward = _backward2(run, bucket, gradients, norm, whole)
     until_reduced = (FORWARD, BACKWARD) if run.stage == 1 and run.accumulation > 1 else (BACKWARD,)
     stay = compact and run.stage == 1
     terms = {
@@ -352,7 +360,7 @@ def _stage12(run: _Run) -> dict[str, Term]:
         "step": Term(device=step, during=(STEP,)),
     }
     if offload:
-        added = whole if run.stage == 2 and run.accumulation > 1 and not compact else 0
+        added = whole if run.stage == 2 and run.accumulation > 1 and not compact and run.m == 4 else 0
         terms |= {
             "gradients": Term(device=gradients, host=run.m * part),
             "master": Term(host=run.m * part),
@@ -387,10 +395,8 @@ def _bf16_stage1(run: _Run) -> dict[str, Term]:
 
 def _sub_groups(run: _Run) -> list[int]:
     """Stage 3: elements of this rank's share in each group that is updated at once (`_create_fp16_sub_groups`)."""
-    limit, total = (
-        run.setting("sub_group_size", 1_000_000_000),
-        sum(w.count * -(-w.numel // run.ranks) for w in run.trained),
-    )
+    limit = run.setting("sub_group_size", 1_000_000_000)
+    total = sum(w.count * -(-w.numel // run.ranks) for w in run.trained)
     if limit >= total:
         return [total]
     groups, filled = [], 0

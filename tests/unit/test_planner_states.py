@@ -114,6 +114,26 @@ def test_offloaded_states_by_hand():
     assert added["offload"].host == 2 * (4 + 5 + 9)
 
 
+def test_masters_of_16_bits_on_the_host():
+    """Parts of 4 as above: masters, gradients and, if asked for, moments take half; moments alone cannot."""
+    weights = [Weight(numel=n, trained=True) for n in (5, 4, 1)]
+    halved = config(2, True) | {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+    terms = model_states(weights, halved, 3, "bf16")
+    assert [terms[k].host for k in ("gradients", "master", "optimizer")] == [2 * 4, 2 * 4, 8 * 4]
+    halved["bf16"]["bf16_optimizer_states"] = True
+    assert model_states(weights, halved, 3, "bf16")["optimizer"].host == 4 * 4
+    whole = config(2, True)
+    whole["optimizer"]["params"]["fp32_optimizer_states"] = False  # "as the masters", which are fp32
+    assert model_states(weights, whole, 3, "bf16")["optimizer"].host == 8 * 4
+
+
+def test_nothing_trained_costs_nothing_but_its_weights():
+    for zero in range(4):
+        terms = model_states([Weight(numel=8, trained=False)], config(zero, reduce_bucket_size=1), 2, "bf16")
+        held = {k: t.device for k, t in terms.items() if t.device and k not in ("buckets", "gathered", "persistent")}
+        assert held == {"parameters": 8 if zero == 3 else 16}
+
+
 def test_stage_3_pads_each_tensor_and_keeps_small_ones():
     """Two ranks: 5 -> 3, 4 -> 2, 1 -> 1, so 6 trained; frozen 7 -> 4. Up to 4 elements: the 4 and the 1 (padded 2)."""
     weights = [Weight(numel=n, trained=True) for n in (5, 4, 1)] + [Weight(numel=7, trained=False)]

@@ -97,8 +97,7 @@ class _Run:
         self.g = self.e if kept is None else 4 if "32" in str(kept) else 2
         self.comm = ds_config.get("communication_data_type")
         self.comm = self.e if self.comm is None else 4 if "32" in str(self.comm) else 2
-        half = ds_config.get(dtype) or {}
-        self.m = 2 if half.get(f"{dtype}_master_weights_and_grads") else 4
+        self.m = 2 if _halved(ds_config) else 4
         self.accumulation = int(ds_config.get("gradient_accumulation_steps", 1))
         self.offload_optimizer = self.stage > 0 and self._offloads("offload_optimizer")
         self.offload_param = self.stage == 3 and self._offloads("offload_param")
@@ -135,6 +134,11 @@ class _Run:
         return Term(device=each * on_device, host=each * (elements - on_device) + counts)
 
 
+def _halved(ds_config: Mapping[str, Any]) -> bool:
+    """Whether the file asks for masters and gradients of 16 bits, which DeepSpeed's CPU Adam alone can use."""
+    return any((ds_config.get(k) or {}).get(f"{k}_master_weights_and_grads") for k in ("bf16", "fp16"))
+
+
 def optimizer_of(ds_config: Mapping[str, Any], offload: bool) -> Optimizer:
     """What the optimizer of a merged configuration keeps (engine.py, `_configure_basic_optimizer`; ops/).
 
@@ -153,9 +157,10 @@ def optimizer_of(ds_config: Mapping[str, Any], offload: bool) -> Optimizer:
     section = ds_config.get("optimizer") or {"type": "AdamW", "params": {"torch_adam": True}}
     name, params = str(section.get("type")).lower(), section.get("params") or {}
     half = ds_config.get("bf16") or {}
+    asked = half.get("bf16_optimizer_states") or params.get("fp32_optimizer_states") is False
     own = Optimizer(
         moments={"lion": 2 if offload else 1, "adagrad": 1}.get(name, 2),
-        moment_bytes=2 if half.get("bf16_optimizer_states") or params.get("fp32_optimizer_states") is False else 4,
+        moment_bytes=2 if asked and _halved(ds_config) else 4,
     )
     if name in ("adam", "adamw") and not params.get("torch_adam") or name in ("lion", "lamb"):
         return own
@@ -265,6 +270,45 @@ def _first_fill(run: _Run, bucket: int) -> int:
     return filled
 
 
+def _backward1(run: _Run, bucket: int, gradients: int, norm: int) -> int:
+    """Stage 1: bytes on top of the gradients that stay, while the last backward of a step reduces.
+
+    All gradients, g T, are there when it begins; the first bucket's have moved into it when those of the part are set
+    aside, e G. Where one bucket takes all, it is reduced as a flat copy before that. Offloaded, the largest tensor is
+    copied once more where it is larger than a bucket, and the norm is taken in fp64.
+    """
+    scattered = run.ranks > 1 and run.zero.get("reduce_scatter", True)
+    if bucket >= run.T and not run.offload_optimizer:
+        return max(0, max(run.g * run.T, run.e * run.T * scattered) - gradients)
+    oversized = run.e * run.largest * (run.largest > bucket)
+    moved = min(run.g * _first_fill(run, bucket), gradients)
+    return run.g * run.T - moved + oversized + norm * run.offload_optimizer
+
+
+def _backward2(run: _Run, bucket: int, gradients: int, norm: int, whole: int) -> int:
+    """Stage 2: bytes on top of the gradients that stay, while a backward reduces as it goes.
+
+    The gradient that has just been made, and a flat copy of a bucket that spans the parts of several ranks; with one
+    bucket for all, that copy is gone before the part's gradients are set aside. From the second micro-batch on the
+    part's new gradients stand beside the old. Offloaded, a tensor larger than a bucket is copied once more, with
+    accumulation such tensors of the part stay, and the norm is taken in fp64. Where sums are fp32 beside 16-bit
+    weights, each slice is made fp32 before it is added.
+    """
+    compact, made = run.g == 4 and run.e < 4, run.e * run.largest
+    made_fp32 = 4 * run.largest * compact
+    scattered = run.ranks > 1 and run.zero.get("reduce_scatter", True)
+    flat = run.e * min(run.T, max(bucket, run.largest)) * scattered
+    if run.offload_optimizer:
+        oversized = made + run.e * whole * (run.accumulation > 1) if run.largest > bucket else 0
+        return made + max(flat + made_fp32, norm) + oversized
+    new = gradients if run.accumulation > 1 else 0
+    if compact:
+        return made + flat + made_fp32 * (2 if run.largest > bucket else 1)
+    if bucket >= run.T:
+        return max(made, new, flat if new else flat - gradients)
+    return made + flat + new
+
+
 def _stage12(run: _Run) -> dict[str, Term]:
     """States cut over ranks, and at stage 2 gradients too (zero/stage_1_and_2.py).
 
@@ -280,37 +324,29 @@ def _stage12(run: _Run) -> dict[str, Term]:
       device no gradient remains. `offload`: a part in the model's precision, e p, in host memory, and the largest
       tensor once there and once on the device; at stage 2 with accumulation, in host memory, the whole gradients that
       a part touches, e G (`async_accumulate_grad_in_cpu_via_gpu`).
-    - backward: at stage 2 the gradient that has just been made and, from the second micro-batch on, the G elements
-      that are to be added. At stage 1 all gradients, e T, until the last micro-batch reduces them, less the first
-      bucket's fill. A bucket that spans the parts of several ranks is reduced as a flat copy of its slices.
     - step: the norm in fp64 of one gradient at a time; then the part flattened (e p) and in fp32 (4 p), while the old
-      gradients are still there; then 4 p of workspace with torch's optimizers on CUDA, which work on lists.
+      gradients are still there; then 4 p of workspace with torch's optimizers on CUDA, which work on lists. On the host
+      they go tensor by tensor and take 8 p.
     """
     total = run.T + -run.T % (2 * run.ranks)
-    part, (bucket, offload) = (
-        total // run.ranks,
-        (run.setting("reduce_bucket_size", 500_000_000), run.offload_optimizer),
-    )
+    part, offload, bucket = total // run.ranks, run.offload_optimizer, run.setting("reduce_bucket_size", 500_000_000)
     whole, zeros = _touched(run, part)
     compact = run.g == 4 and run.e < 4
     gradients = 4 * part if compact else 0 if offload else run.e * (whole + zeros)
     norm, workspace = 8 * min(run.largest, part), 4 * part * run.optimizer.foreach
-
-    flat = min(run.T, max(bucket, run.largest))
+    flattened, updated = run.e * part + 4 * part * (run.e < 4), 4 * part + workspace - gradients
+    step = max(norm, workspace) if compact else max(norm, flattened, updated)
     if run.zero.get("contiguous_gradients", True) or offload:
         in_bucket = run.g if run.stage == 1 else run.e
         buckets = in_bucket * bucket * (2 if run.zero.get("overlap_comm") else 1)
     else:
-        buckets = run.e * flat
-    spanning = run.e * flat if run.ranks > 1 and run.zero.get("reduce_scatter", True) else 0
-
+        buckets = run.e * min(run.T, max(bucket, run.largest))
     if run.stage == 1:
-        backward = run.g * run.T - (0 if offload or compact else run.e * min(_first_fill(run, bucket), whole))
+        backward = _backward1(run, bucket, gradients, norm)
     else:
-        backward = run.e * run.largest + (gradients if run.accumulation > 1 and not compact else 0)
+        backward = _backward2(run, bucket, gradients, norm, whole)
     until_reduced = (FORWARD, BACKWARD) if run.stage == 1 and run.accumulation > 1 else (BACKWARD,)
     stay = compact and run.stage == 1
-
     terms = {
         "parameters": Term(device=run.e * (total + run.F)),
         "persistent": Term(),
@@ -319,14 +355,12 @@ def _stage12(run: _Run) -> dict[str, Term]:
         "optimizer": run.states(part, 1),
         "offload": Term(),
         "buckets": Term(device=buckets, during=run.between if stay else until_reduced),
-        "backward": Term(device=backward + spanning + norm * offload, during=until_reduced),
+        "backward": Term(device=backward, during=until_reduced),
         "gathered": Term(during=(FORWARD, BACKWARD)),
-        "step": Term(
-            device=max(norm, run.e * part + 4 * part * (run.e < 4), 4 * part + workspace - gradients), during=(STEP,)
-        ),
+        "step": Term(device=step, during=(STEP,)),
     }
     if offload:
-        added = whole if run.stage == 2 and run.accumulation > 1 and not compact else 0
+        added = whole if run.stage == 2 and run.accumulation > 1 and not compact and run.m == 4 else 0
         terms |= {
             "gradients": Term(device=gradients, host=run.m * part),
             "master": Term(host=run.m * part),
@@ -340,7 +374,8 @@ def _bf16_stage1(run: _Run) -> dict[str, Term]:
     """Stage 1 in bf16 with gradients added up in fp32 (bf16_optimizer.py).
 
     As `_stage12`, but fp32 gradients of all that is trained, 4 P, stand on every rank for good, and those in bf16, e T,
-    until the next backward. They are reduced in place.
+    until the next backward. They are reduced in place, or as a copy of another `communication_data_type`, bf16 unless
+    the file names one.
     """
     total = run.T + -run.T % (2 * run.ranks)
     part = total // run.ranks
@@ -352,7 +387,7 @@ def _bf16_stage1(run: _Run) -> dict[str, Term]:
         "optimizer": run.states(part, 1),
         "offload": Term(),
         "buckets": Term(during=(BACKWARD,)),
-        "backward": Term(during=(BACKWARD,)),
+        "backward": Term(device=run.comm * total * (run.comm != run.g), during=(BACKWARD,)),
         "gathered": Term(during=(FORWARD, BACKWARD)),
         "step": Term(device=4 * part * run.optimizer.foreach, during=(STEP,)),
     }
@@ -360,10 +395,8 @@ def _bf16_stage1(run: _Run) -> dict[str, Term]:
 
 def _sub_groups(run: _Run) -> list[int]:
     """Stage 3: elements of this rank's share in each group that is updated at once (`_create_fp16_sub_groups`)."""
-    limit, total = (
-        run.setting("sub_group_size", 1_000_000_000),
-        sum(w.count * -(-w.numel // run.ranks) for w in run.trained),
-    )
+    limit = run.setting("sub_group_size", 1_000_000_000)
+    total = sum(w.count * -(-w.numel // run.ranks) for w in run.trained)
     if limit >= total:
         return [total]
     groups, filled = [], 0
@@ -429,17 +462,18 @@ def _stage3(run: _Run) -> dict[str, Term]:
 def _gathered(run: _Run) -> tuple[int, int]:
     """Stage 3: bytes of whole parameters that stay between steps, and a bound of those that come and go.
 
-    `fetch_sub_module` of zero/partitioned_param_coordinator.py gathers the module that runs (counted as two of the
-    largest tensors) and prefetches while fewer than `stage3_max_live_parameters` are whole. `__params_to_release` keeps
-    what the next `stage3_max_reuse_distance` elements of the trace use again: where the forward pass turns, the last
-    half of that distance. Beside them stands the flat buffer of one gathering, a prefetch bucket or a module
-    (`_all_gather_dtype`), and, of offloaded parameters, this rank's share of it. On one rank the share is the whole.
+    `fetch_sub_module` of zero/partitioned_param_coordinator.py gathers the module that runs (a tensor, or one with a
+    much smaller one after it, as a bias is) and, if there is a prefetch bucket, prefetches at every module until
+    `stage3_max_live_parameters` are whole, and the tensor that passes it. `__params_to_release` keeps what the next
+    `stage3_max_reuse_distance` elements of the trace use again: where the forward turns, the last half of that
+    distance. Beside them stands the flat buffer of one gathering, a prefetch bucket or a module (`_all_gather_dtype`),
+    and, of offloaded parameters, this rank's share of it. On one rank the share is the whole.
     """
     if run.ranks == 1 and not run.offload_param:
         return 0, 0
     small = run.setting("param_persistence_threshold", 100_000)
     left = run.setting("model_persistence_threshold", 2**63)
-    persistent = others = largest = 0
+    persistent = others = module = before = 0
     for w in run.weights:
         padded = w.numel + -w.numel % run.ranks
         kept = min(w.count, left // w.numel) if 0 < w.numel <= small else 0
@@ -447,9 +481,11 @@ def _gathered(run: _Run) -> tuple[int, int]:
         persistent += kept * padded
         if kept < w.count:
             others += (w.count - kept) * padded
-            largest = max(largest, padded)
-    reused = run.setting("max_reuse_distance", 1_000_000_000) // 2 + largest
-    live = min(others, max(run.setting("max_live_parameters", 1_000_000_000), reused) + 2 * largest)
-    flat = min(others, run.setting("prefetch_bucket_size", 50_000_000) + 2 * largest)
+            module = max(module, padded, before + padded if 16 * padded <= before else 0)
+            before = padded
+    prefetch, reused = run.setting("prefetch_bucket_size", 50_000_000), run.setting("max_reuse_distance", 1_000_000_000)
+    limit = run.setting("max_live_parameters", 1_000_000_000) if prefetch else 0
+    live = min(others, max(limit, reused // 2) + module)
+    flat = min(others, prefetch + module)
     brought = -(-flat // run.ranks) if run.offload_param else 0
     return run.e * persistent, run.e * (live + flat + brought)

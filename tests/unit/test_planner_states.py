@@ -42,9 +42,11 @@ def test_7b_at_stage_3_on_8_ranks():
     assert terms["master"] == Term(device=4 * share)
     assert terms["optimizer"] == Term(device=8 * share, host=4)  # one group below 1e9 elements: one count of steps
     assert terms["buckets"] == Term(device=1_000_000_000)
-    # 1e9 live elements and two of the largest tensor; beside them 5e7 elements of prefetch and two tensors more.
+    held = [terms[name].device for name in ("parameters", "gradients", "master", "optimizer", "persistent")]
+    assert held == [1_684_603_904, 1_684_603_904, 3_369_207_808, 6_738_415_616, 532_480]  # docs/memory-model.md
+    # 1e9 live elements and the tensor that passes them; beside them 5e7 elements of prefetch and the same tensor.
     largest = 32000 * 4096
-    assert terms["gathered"].device == 2 * (1_000_000_000 + 2 * largest + 50_000_000 + 2 * largest)
+    assert terms["gathered"].device == 2 * (1_000_000_000 + largest + 50_000_000 + largest)
 
 
 def test_7b_at_stage_3_with_everything_offloaded():
@@ -79,6 +81,9 @@ def test_padding_and_whole_gradients_by_hand():
         assert terms["master"].device == 4 * 4
         assert terms["optimizer"] == Term(device=8 * 4, host=4)
         assert terms["buckets"] == Term(device=2 * 6, during=(BACKWARD,))
+    cut = model_states(weights, config(3), 3, "bf16")  # shares of 2, 2, 1, and 3 frozen
+    held = [cut[name].device for name in ("parameters", "gradients", "master", "optimizer")]
+    assert held == [16, 10, 20, 40]
     twice = model_states(weights, config(2, reduce_bucket_size=6, overlap_comm=True), 3, "bf16")
     assert twice["buckets"].device == 2 * 2 * 6
 
@@ -107,6 +112,26 @@ def test_offloaded_states_by_hand():
     assert terms["offload"] == Term(device=2 * 5, host=2 * (4 + 5))
     added = model_states(weights, config(2, True, accumulation=2), 3, "bf16")
     assert added["offload"].host == 2 * (4 + 5 + 9)
+
+
+def test_masters_of_16_bits_on_the_host():
+    """Parts of 4 as above: masters, gradients and, if asked for, moments take half; moments alone cannot."""
+    weights = [Weight(numel=n, trained=True) for n in (5, 4, 1)]
+    halved = config(2, True) | {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+    terms = model_states(weights, halved, 3, "bf16")
+    assert [terms[k].host for k in ("gradients", "master", "optimizer")] == [2 * 4, 2 * 4, 8 * 4]
+    halved["bf16"]["bf16_optimizer_states"] = True
+    assert model_states(weights, halved, 3, "bf16")["optimizer"].host == 4 * 4
+    whole = config(2, True)
+    whole["optimizer"]["params"]["fp32_optimizer_states"] = False  # "as the masters", which are fp32
+    assert model_states(weights, whole, 3, "bf16")["optimizer"].host == 8 * 4
+
+
+def test_nothing_trained_costs_nothing_but_its_weights():
+    for zero in range(4):
+        terms = model_states([Weight(numel=8, trained=False)], config(zero, reduce_bucket_size=1), 2, "bf16")
+        held = {k: t.device for k, t in terms.items() if t.device and k not in ("buckets", "gathered", "persistent")}
+        assert held == {"parameters": 8 if zero == 3 else 16}
 
 
 def test_stage_3_pads_each_tensor_and_keeps_small_ones():

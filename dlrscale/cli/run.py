@@ -173,7 +173,7 @@ def run_rank(config: RunConfig, dry_run: bool) -> None:
         if first:
             click.echo(json.dumps(merged, indent=2))
             if plan is not None:
-                click.echo(forecast.said(plan, forecast.hardware_of(config)))
+                click.echo(f"# {forecast.said(plan, forecast.hardware_of(config))}")
         sys.exit(0)
     forecast.refuse(config, plan)
     # Every rank looks before the process group is there, so that none waits for one that has refused.
@@ -215,9 +215,9 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
     plan = forecast.forecast(config, merged)
     if dry_run:
         click.echo(json.dumps(merged, indent=2))
-        click.echo(launcher.show(launcher.command(config)))
         if plan is not None:
-            click.echo(forecast.said(plan, forecast.hardware_of(config)))
+            click.echo(f"# {forecast.said(plan, forecast.hardware_of(config))}")
+        click.echo(launcher.show(launcher.command(config)))
         return None
     forecast.refuse(config, plan)
     run_id, resume_id = configuration.run_ids(config, merged)

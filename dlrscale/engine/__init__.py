@@ -17,7 +17,6 @@ from dlrscale.engine.config import (
 )
 from dlrscale.engine.core import Engine
 from dlrscale.engine.devices import barrier, device, device_count, device_type, start_distributed, stop_distributed
-from dlrscale.engine.held import held
 from dlrscale.engine.operators import build_cpu_adam, cpu_adam, cuda_toolkit
 from dlrscale.engine.optimizers import compiler
 
@@ -38,7 +37,6 @@ __all__ = [
     "file_dtype",
     "file_levers",
     "find_checkpoint",
-    "held",
     "lever_config",
     "merge",
     "read_file",

@@ -182,7 +182,7 @@ class Ending:
                 "error": error,
             }
             self.entry["config"] |= job.notes
-            if self.entry["plan"] is not None:
+            if self.entry.get("plan") is not None:
                 self.entry["plan"] |= job.plan
             record.append_line(job.out / record.RECORDS_FILE, self.entry)
             if outcome is Outcome.OK:

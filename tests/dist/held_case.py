@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from dlrscale import engine
 from dlrscale.config import AttackConfig
-from dlrscale.engine import held
+from dlrscale.engine.held import held
 
 
 STEPS = 3  # the trace of stage 3 is complete in the second

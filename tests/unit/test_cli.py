@@ -134,11 +134,11 @@ def test_an_unknown_strategy_names_a_near_one(call):
 
 
 def split_dry_run(out):
-    """The merged DeepSpeed configuration and the argv of a dry run."""
+    """The merged DeepSpeed configuration and the argv of a dry run; the predicted peak is a comment before it."""
     merged, end = json.JSONDecoder().raw_decode(out)
-    lines = out[end:].strip().splitlines()
-    assert len(lines) == 1
-    return merged, shlex.split(lines[0])
+    *peak, line = out[end:].strip().splitlines()
+    assert all(words.startswith("# predicted peak of a device: ") for words in peak)
+    return merged, shlex.split(line)
 
 
 def test_lock_dry_run(call, place, llama_folder):
@@ -447,6 +447,26 @@ def test_settings_that_a_run_would_ignore_are_refused(call, place, llama_folder)
 def test_flattening_what_is_no_mlp_is_refused_before_anything_starts(call, place, gpt2_gated_folder):
     line = attack_line(place, gpt2_gated_folder, "--strategy", "flatten")
     refuse(call, place[0], line, "--strategy flatten", "gated", "gpt2", "undistil")
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_job_that_cannot_fit_stops_with_exit_code_3(call, place, llama_folder, tmp_path, dry):
+    work, data = place
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({"tiny": {"memory_bytes": 2**29, "host_memory_bytes": 2**40, "devices_per_node": 1}}))
+    line = [*attack_line(place, llama_folder), "--strategy", "full", "--hardware", "tiny", "--hardware-file", small]
+    if dry:
+        code, out, _ = call(*line, "--dry-run")
+        assert code == 0
+        assert "does not fit tiny" in out
+        return
+    code, _, err = call(*line)
+    assert code == 3
+    assert "cannot fit: a device needs" in err
+    assert "--force runs anyway" in err
+    assert written(work) == []
+    with pytest.raises(AssertionError, match="would have started"):
+        call(*line, "--force")
 
 
 def test_a_folder_of_another_run_is_refused(call, place, llama_folder, tmp_path):

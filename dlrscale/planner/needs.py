@@ -111,5 +111,5 @@ def largest_micro_batch(needs: Callable[[int], Needs], hardware: Hardware) -> in
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB for people."""
-    return f"{size / 2**30:.2f} GiB"
+    """Bytes in GiB for people, little in MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 or not size else f"{size / 2**20:.2f} MiB"

@@ -28,8 +28,7 @@ def memory(plan: Plan | LockPlan, question: Question) -> dict[str, Any]:
     needs = plan.needs
     lacking = needs.lacking(question.hardware)
     return {
-        "device_bytes": needs.device_terms,
-        "phases_bytes": needs.peaks,
+        "device_bytes": {phase: {k: v for k, v in terms.items() if v} for phase, terms in needs.phases.items()},
         "peak_bytes": needs.peak_bytes,
         "peak_phase": needs.peak_phase,
         "host_bytes": needs.host_terms,
@@ -95,18 +94,25 @@ def terms(answer: Mapping[str, Any], sides: Sequence[str]) -> str:
         f"micro-batch {about['micro_batch']} x {about['seq_len']} tokens; {about['form']}, depth {about['depth']}"
     )
     found = [answer[side] for side in sides]
-    rows = [["", *sides, "ratio"][: len(sides) + 1 + (len(sides) > 1)]]
-    for name in ("parameters", "trained"):
-        rows.append(row(name, [side[name] for side in found], "{:,}".format))
-    for title, key in (("per device", "device_bytes"), ("per host", "host_bytes")):
-        rows.append([title] + [""] * (len(rows[0]) - 1))
-        for name in dict.fromkeys(name for side in found for name in side[key]):
-            rows.append(row(f"  {name}", [side[key].get(name, 0) for side in found], gib))
-    rows.append(row("  while loading", [side["host_load_bytes"] for side in found], gib))
+    rows = [["", *sides, *["ratio"] * (len(sides) > 1)]]
+    rows += [row(name, [side[name] for side in found], "{:,}".format) for name in ("parameters", "trained")]
+    for phase in found[0]["device_bytes"]:
+        of_phase = [side["device_bytes"][phase] for side in found]
+        rows.append(row(f"a device in {phase}", [sum(terms.values()) for terms in of_phase], gib))
+        rows += term_rows(of_phase)
+    rows.append(row("a host while training", [sum(side["host_bytes"].values()) for side in found], gib))
+    rows += term_rows([side["host_bytes"] for side in found])
+    rows.append(row("a host while loading", [side["host_load_bytes"] for side in found], gib))
     phases = ", ".join(dict.fromkeys(side["peak_phase"] for side in found))
     rows.append(row(f"peak of a device ({phases})", [side["peak_bytes"] for side in found], gib))
     rows.append(row("peak of a host", [side["host_peak_bytes"] for side in found], gib))
     return "\n".join([head, "", aligned(rows), "", *(line for side in sides for line in verdict(side, answer[side]))])
+
+
+def term_rows(terms_of_sides: Sequence[Mapping[str, int]]) -> list[list[str]]:
+    """An indented row for each term that some side has."""
+    names = dict.fromkeys(name for terms in terms_of_sides for name in terms)
+    return [row(f"  {name}", [terms.get(name, 0) for terms in terms_of_sides], gib) for name in names]
 
 
 def row(name: str, numbers: Sequence[int], shown: Any) -> list[str]:

@@ -111,3 +111,12 @@ def test_the_attacked_model_is_the_one_that_was_measured(name: str, done: Path) 
     assert (folder / "lock.json").exists() == (name != "flatten")
     if name != "flatten":
         assert json.loads((folder / "lock.json").read_text())["attacked"]["strategy"] == MODELS[name][0]
+
+
+@pytest.mark.parametrize("name", ADAPTERS | MODELS)
+def test_the_plan_in_the_record_is_what_was_measured(name: str, done: Path) -> None:
+    """Saved bytes, parameters, gradients, masters and optimizer states: predicted to the byte, on the fullest rank."""
+    plan = last(done / f"made-{name}")["plan"]
+    assert plan["planned"] == plan["measured"]
+    assert {"saved_bytes", "parameters_bytes", "gradients_bytes", "optimizer_bytes"} <= set(plan["measured"])
+    assert set(plan["error_percent"].values()) == {0}

@@ -23,7 +23,7 @@ def test_lock_record(locked: Path) -> None:
     entry = json.loads(text, parse_constant=lambda word: pytest.fail(word))
     assert tuple(entry) == record.RECORD_KEYS
     assert entry["outcome"] == "ok"
-    assert entry["plan"] is None
+    assert entry["plan"]["peak_bytes"] == sum(entry["plan"]["phases"][entry["plan"]["peak_phase"]].values()) > 0
     assert entry["config"]["global_batch"] == 4
     assert {"loss/heldout_base_model", "loss/heldout_locked", "loss/heldout_flat"} <= set(entry["metrics"])
     manifest = json.loads((locked / "model" / "lock.json").read_text())

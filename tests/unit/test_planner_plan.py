@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 import json
+import resource
 import subprocess
 import sys
-import time
 import weakref
 
 import pytest
@@ -266,16 +266,14 @@ def test_a_sweep_is_a_table_and_a_plot(capsys, tmp_path):
         "--depth",
         "8,64",
         "--strategy",
-        "all",
-        "--seq-len",
-        "2048",
+        "full,full-offload",
         "--plot",
         str(plot),
     )
     assert code == 0
     rows = out.strip().splitlines()
     assert rows[0].split()[:3] == ["strategy", "zero", "depth"]  # full-offload's own stage
-    assert len(rows) == 1 + 2 * len(catalogue.STRATEGIES)
+    assert len(rows) == 1 + 2 * 2
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -339,12 +337,13 @@ def test_all_strategies_of_a_405b_model_take_less_than_a_second_and_no_torch():
         " '--depth', '64', '--zero', '3'])\n"
         "finally: assert not {'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules), 'heavy'\n"
     )
-    before = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    took = time.perf_counter() - before
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip().splitlines()) == 1 + len(catalogue.STRATEGIES)
-    assert took < 3  # 0.8 s alone on the machine of the benchmark, which holds it to 1 s; here others run beside it
+    # Of the processor, since others run beside it: 0.6 s on an idle machine, which `tox -e bench` holds to 1 s.
+    assert after.ru_utime - before.ru_utime < 2
 
 
 def test_the_worked_example_of_the_docs(capsys):

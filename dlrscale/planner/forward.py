@@ -21,7 +21,8 @@ class Pass:
 
     `size` is the bytes of one element of the model's precision, `checkpointing` `none` or `layer`. `hardened`: each
     DLR-Net runs once more with every block reading x alone, as the heal's hardening does. `masked`: some sequence is
-    padded. `label_tokens`: those of the micro-batch, where not every token but the last of a sequence has a label.
+    padded. `zero3`: DeepSpeed's linear map at stage 3 is in use. `label_tokens`: those of the micro-batch, where not
+    every token but the last of a sequence has a label.
     """
 
     shape: ModelShape
@@ -35,11 +36,17 @@ class Pass:
     device: str = "cuda"
     hardened: bool = False
     masked: bool = False
+    zero3: bool = False
     label_tokens: int | None = None
 
     def tape(self, part: str = "") -> Tape:
         """A fresh tape."""
-        return Tape(self.batch, self.length, self.size, self.training, self.device, part)
+        return Tape(self.batch, self.length, self.size, self.training, self.device, part, self.zero3)
+
+    @property
+    def own_maps(self) -> bool:
+        """Whether the base model's maps are no linear maps of torch's."""
+        return self.shape.family.model_type in ("gpt2", "falcon")
 
     @property
     def labels(self) -> int:
@@ -101,9 +108,7 @@ def head(run: Pass) -> Tape:
         tape.part = "projection"
         x = tape.linear(x, shape.width, parts.embedding_width)
     tape.part = "head"
-    if tape.weights_trained():
-        tape.save(x)
-    tape.product(tape.tokens * parts.embedding_width * shape.vocabulary, x.grad, tape.weights_trained())
+    tape.linear(x, parts.embedding_width, shape.vocabulary)
     tape.part = "loss"
     tape.save(tape.new(run.labels, False, INT64))  # the places of labels: one storage for all chunks
     for rows in loss_chunks(run):
@@ -160,17 +165,17 @@ def mlp(tape: Tape, run: Pass, x: Tensor, layer: int) -> Tensor:
         if run.hardened:
             flat_error(tape, shape, x, shape.ranks[layer])
     else:
-        out = base_mlp(tape, shape, x)
+        out = base_mlp(tape, shape, x, run.own_maps)
     out = tape.dropout(out, run.parts.dropout["residual"])
     tape.part = ""
     return out
 
 
-def base_mlp(tape: Tape, shape: ModelShape, x: Tensor) -> Tensor:
+def base_mlp(tape: Tape, shape: ModelShape, x: Tensor, own: bool) -> Tensor:
     """down(s(gate x) * up x), or down(s(up x))."""
     tokens, inner = tape.tokens, shape.inner
     if not shape.family.gated:
-        hidden = tape.activation(tape.linear(x, shape.width, inner), shape.activation)
+        hidden = tape.activation(tape.linear(x, shape.width, inner, own), shape.activation)
     else:
         if shape.family.fused:
             both = tape.linear(x, shape.width, 2 * inner)
@@ -178,7 +183,7 @@ def base_mlp(tape: Tape, shape: ModelShape, x: Tensor) -> Tensor:
         else:
             gate, up = tape.linear(x, shape.width, inner), tape.linear(x, shape.width, inner)
         hidden = tape.multiply(tape.activation(gate, shape.activation), up)
-    return tape.linear(hidden, inner, shape.width)
+    return tape.linear(hidden, inner, shape.width, own)
 
 
 def dlr_net(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...], flat: bool = False) -> Tensor:
@@ -229,7 +234,7 @@ def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> T
     tape.part = "attention"
     inner, narrow = parts.heads * parts.head_dim, parts.kv_heads * parts.head_dim
     if parts.fused:
-        q, k, v = split_heads(tape, run, tape.linear(x, width, parts.qkv_width))
+        q, k, v = split_heads(tape, run, tape.linear(x, width, parts.qkv_width, run.own_maps))
     else:
         q, k, v = (tape.linear(x, width, outputs) for outputs in (inner, narrow, narrow))
         q, k, v = (tape.view(t, t.elements, compact=False) for t in (q, k, v))
@@ -242,7 +247,7 @@ def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> T
         q, k = (rotate(tape, parts, t, tables) for t in (q, k))
     fused = run.attention == "sdpa" and not falls_back(run)
     out = fused_attention(tape, run, q, k, v) if fused else eager_attention(tape, run, q, k, v)
-    return tape.linear(out, inner, width)
+    return tape.linear(out, inner, width, run.own_maps)
 
 
 def falls_back(run: Pass) -> bool:

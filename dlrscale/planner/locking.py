@@ -12,7 +12,7 @@ from dlrscale.planner.activations import Activations
 from dlrscale.planner.forward import Pass
 from dlrscale.planner.model import DTYPE_BYTES
 from dlrscale.planner.needs import Needs, states_in
-from dlrscale.planner.states import BACKWARD, STEP, Term, Weight, model_states
+from dlrscale.planner.states import BACKWARD, STEP, Term, Weight, model_states, zero3_linear
 from dlrscale.planner.tape import FP32, Tape, Training
 from dlrscale.shapes import ModelShape
 from dlrscale.shapes.layout import Layout, layer_tensors, parameters
@@ -55,6 +55,7 @@ class LockPlan:
             attention=self.attention,
             device=self.device,
             hardened=self.harden,
+            zero3=zero3_linear(self.ds_config),
         )
 
     def tensors(self) -> Iterator[tuple[int, bool, int]]:

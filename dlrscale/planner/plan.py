@@ -16,7 +16,7 @@ from dlrscale.planner.activations import Activations
 from dlrscale.planner.forward import Pass
 from dlrscale.planner.model import DTYPE_BYTES, Model
 from dlrscale.planner.needs import Needs, states_in
-from dlrscale.planner.states import ALWAYS, BACKWARD, FORWARD, STEP, Term, Weight, model_states
+from dlrscale.planner.states import ALWAYS, BACKWARD, FORWARD, STEP, Term, Weight, model_states, zero3_linear
 from dlrscale.shapes.layout import parameters
 
 
@@ -61,6 +61,7 @@ class Plan:
             checkpointing=self.checkpointing,
             attention=self.attention,
             device=self.device,
+            zero3=zero3_linear(self.ds_config),
         )
         return Activations(run)
 

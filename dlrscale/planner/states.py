@@ -139,6 +139,12 @@ def _halved(ds_config: Mapping[str, Any]) -> bool:
     return any((ds_config.get(k) or {}).get(f"{k}_master_weights_and_grads") for k in ("bf16", "fp16"))
 
 
+def zero3_linear(ds_config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's own linear map takes the place of torch's (zero/partition_parameters.py, `Init`)."""
+    section = ds_config.get("zero_optimization") or {}
+    return section.get("stage") == 3 and bool(section.get("memory_efficient_linear", True))
+
+
 def optimizer_of(ds_config: Mapping[str, Any], offload: bool) -> Optimizer:
     """What the optimizer of a merged configuration keeps (engine.py, `_configure_basic_optimizer`; ops/).
 

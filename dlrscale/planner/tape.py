@@ -44,7 +44,8 @@ class Tape:
 
     `saved` is bytes by storage with the part that saved it first. `recomputed_flops` are forward's up to the last thing
     that is saved: torch's checkpointing stops there when it runs a part again. `device` is `cuda` or `cpu`, where they
-    differ.
+    differ. `zero3`: DeepSpeed's own function stands in the place of torch's linear map (zero/linear.py,
+    `LinearFunctionForZeroStage3`); it keeps its input, when it has run, also where the weight is frozen.
     """
 
     batch: int
@@ -53,6 +54,7 @@ class Tape:
     training: Training
     device: str = "cuda"
     part: str = ""
+    zero3: bool = False
     saved: dict[int, tuple[str, int]] = field(default_factory=dict)
     recomputed_flops: int = 0
     forward_flops: Counter[str] = field(default_factory=Counter)
@@ -96,23 +98,28 @@ class Tape:
         """Whether the weights of the present part are trained."""
         return self.part in self.training.trained
 
-    def linear(self, x: Tensor, width: int, outputs: int) -> Tensor:
+    def linear(self, x: Tensor, width: int, outputs: int, own: bool = False) -> Tensor:
         """x @ W^T (+ bias), with an adapter where the present part has one: B(A(dropout(x))) * scale beside it.
 
         A trained weight keeps its input. peft's adapter keeps the input of A (its own copy behind a dropout) and of B.
+        `own`: the family does not call torch's linear map (GPT-2's Conv1D, Falcon's product).
         """
         rows, training, trained = x.elements // width, self.training, self.weights_trained()
-        adapted = self.part in training.adapted
-        if trained:
+        replaced = self.zero3 and not own
+        self._map(x, rows * width * outputs, trained, replaced)
+        if self.part not in training.adapted:
+            return self.new(rows * outputs, x.grad or trained)
+        inside = self.dropout(x, training.adapter_dropout)
+        self._map(inside, rows * width * training.rank, True, self.zero3)
+        self._map(self.new(rows * training.rank, True), rows * training.rank * outputs, True, self.zero3)
+        return self.new(rows * outputs, True)
+
+    def _map(self, x: Tensor, multiplications: int, trained: bool, replaced: bool) -> None:
+        if trained and not replaced:
             self.save(x)
-        self.product(rows * width * outputs, x.grad, trained)
-        if adapted:
-            inside = self.dropout(x, training.adapter_dropout)
-            self.save(inside)
-            self.product(rows * width * training.rank, x.grad, True)
-            self.save(self.new(rows * training.rank, True))
-            self.product(rows * training.rank * outputs, True, True)
-        return self.new(rows * outputs, x.grad or trained or adapted)
+        self.product(multiplications, x.grad, trained)
+        if replaced and (x.grad or trained):
+            self.save(x)
 
     def product(self, multiplications: int, first: bool, second: bool) -> None:
         """Count a matrix product, and in backward one more for each factor that needs a gradient."""

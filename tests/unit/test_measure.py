@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from dlrscale import measure, shapes
+from dlrscale import shapes
 from dlrscale.measure import Phases, SavedBytes
+from dlrscale.measure import phases as phases_file
 from dlrscale.modeling.dlr_net import DLRNet
 
 D, RANKS = 16, (5, 4, 4)
@@ -263,8 +264,8 @@ def test_a_phase_has_its_own_peak():
 
 def test_a_phase_that_comes_again_keeps_its_highest_peak_and_adds_its_seconds(monkeypatch):
     peaks, clock = iter([30, 10, 20]), iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0])
-    monkeypatch.setattr(measure, "host_peak_bytes", lambda: next(peaks))
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(phases_file, "host_peak_bytes", lambda: next(peaks))
+    monkeypatch.setattr(phases_file.time, "perf_counter", lambda: next(clock))
     phases = Phases(torch.device("cpu"))
     with phases.phase("forward"):
         pass
@@ -299,5 +300,5 @@ def test_a_lock_has_peaks_of_training_too():
 
 
 def test_host_peak_without_proc(monkeypatch):
-    monkeypatch.setattr(measure, "status_bytes", lambda field: None)
-    assert measure.host_peak_bytes() > 10 * MB
+    monkeypatch.setattr(phases_file, "status_bytes", lambda field: None)
+    assert phases_file.host_peak_bytes() > 10 * MB

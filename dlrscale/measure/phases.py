@@ -1,83 +1,16 @@
-"""Measuring: bytes saved for backward, peaks and seconds per phase.
-
-Measuring never runs inside a timed step: saved bytes are counted in the first step, which is a warm-up.
-"""
+"""Seconds and peaks of memory per phase of a run."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import nn
 
 from dlrscale.launcher.ranks import RankNote, status_bytes
 
 TRAINING_PHASES = ("distil", "forward", "backward", "optimizer")
-
-
-class SavedBytes:
-    """Count the bytes that autograd saves for backward, once per storage, without parameters and buffers.
-
-    Each storage is held while counted, since a freed address would be used again. Weights that ZeRO-3
-    gathers for a moment are known through the modules that are running. Bytes are attributed to every running
-    module that `parts` names.
-
-    Args:
-        model: The model whose parameters and buffers do not count.
-        parts: Modules by label, whose share is counted in `by_part`.
-    """
-
-    def __init__(self, model: nn.Module, parts: dict[str, nn.Module] | None = None):
-        self.model = model
-        self.labels = {id(module): label for label, module in (parts or {}).items()}
-        self.total = 0
-        self.by_part: dict[str, int] = dict.fromkeys(parts or {}, 0)
-        self._held: dict[int, torch.UntypedStorage] = {}
-        self._running: list[tuple[set[int], str | None]] = []
-        tensors = [*model.parameters(), *model.buffers()]
-        # ZeRO-3 gives its parameters a `ds_id` and an empty or passing storage: these are found while running.
-        self._static = {_key(t) for t in tensors if t.numel() and not hasattr(t, "ds_id")}
-
-    def _enter_module(self, module: nn.Module, args: Any) -> None:
-        own = {_key(p) for p in module.parameters(recurse=False)}
-        self._running.append((own, self.labels.get(id(module))))
-
-    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._running.pop()
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        key = _key(tensor)
-        base = tensor._base if tensor._base is not None else tensor
-        static = key in self._static or isinstance(base, nn.Parameter) or any(key in own for own, _ in self._running)
-        if not static and key not in self._held:
-            self._held[key] = tensor.untyped_storage()
-            size = tensor.untyped_storage().nbytes()
-            self.total += size
-            for label in {label for _, label in self._running if label is not None}:
-                self.by_part[label] += size
-        return tensor
-
-    def __enter__(self) -> SavedBytes:
-        self._handles = []
-        for module in self.model.modules():
-            self._handles.append(module.register_forward_pre_hook(self._enter_module))
-            self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-        for handle in self._handles:
-            handle.remove()
-        self._held.clear()
-
-
-def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _reset_host_peak() -> None:

@@ -134,21 +134,22 @@ class Loop:
         while done < last:
             step = done + 1
             with self.engine.every_gradient() if done == first else nullcontext():
-                row = self._step(stage, done)
+                row = self.step(stage, done)
             fault = not_finite(row, self.config.dtype)
             if fault is not None:
-                self._write(row)
+                self.write(row)
                 raise Diverged(f"{stage.name} step {step}: {fault}")
             done = step
             if self.evaluate and self.config.eval_every and done % self.config.eval_every == 0:
                 with self.phases.phase("evaluate"):
                     row |= self.evaluate()
-            self._write(row)
+            self.write(row)
             if self.config.checkpoint_every and (done % self.config.checkpoint_every == 0 or done == last):
                 self.save(done)
         return done
 
-    def _step(self, stage: Stage, done: int) -> dict[str, Any]:
+    def step(self, stage: Stage, done: int) -> dict[str, Any]:
+        """Do one step; returns its row."""
         config, engine = self.config, self.engine
         self.phases.take_step()
         start = time.perf_counter()
@@ -177,7 +178,8 @@ class Loop:
             "throughput/tokens_per_s_per_device": batch.tokens / step_s / engine.world_size,
         }
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row to the run's file and tell the tracker."""
         self.rows.append(row)
         if self.engine.rank == 0:
             record.append_line(self.out / record.STEPS_FILE, row)

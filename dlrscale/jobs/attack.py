@@ -40,16 +40,7 @@ def attack(run_: Run) -> None:
         with run_.phases.phase("transform"):
             folder = transform(run_, entry.transform, folder)
     with run_.phases.phase("load"):
-        model = models.load_model(folder, config.dtype)
-        shape = shapes.model_shape(model.config.to_dict())
-        if config.activation_checkpointing == "layer":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if entry.trainable == "all":
-            model.requires_grad_(True)
-        else:
-            torch.manual_seed(config.seed)  # the adapters' start
-            model = attacks.find(entry.trainable).choose(model, shape, config.knobs)
-        model.train()
+        model, shape = build(config, folder)
         ds = run_.start_engine(model, [p for p in model.parameters() if p.requires_grad])
     run_.metrics |= corpora.counts() | parameter_counts(model)
     loss = evaluator(run_, ds, corpora)
@@ -87,6 +78,29 @@ def attack(run_: Run) -> None:
         run_.metrics |= saved_formula(config, shape, entry)
     with run_.phases.phase("save"):
         save(run_, ds, model, folder, tokenizer)
+
+
+def build(config: AttackConfig, folder: Path) -> tuple[nn.Module, shapes.ModelShape]:
+    """The model of a strategy in training mode: checkpointed as the levers say, its trainable set chosen.
+
+    Args:
+        config: The strategy, its knobs and levers.
+        folder: The model's folder, after the transform.
+
+    Returns:
+        The model, or peft's model around it, and its shape.
+    """
+    model = models.load_model(folder, config.dtype)
+    shape = shapes.model_shape(model.config.to_dict())
+    if config.activation_checkpointing == "layer":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainable = catalogue.strategy(config.strategy).trainable
+    if trainable == "all":
+        model.requires_grad_(True)
+    else:
+        torch.manual_seed(config.seed)  # the adapters' start
+        model = attacks.find(trainable).choose(model, shape, config.knobs)
+    return model.train(), shape
 
 
 def save(run_: Run, ds: Engine, model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

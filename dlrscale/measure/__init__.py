@@ -3,7 +3,20 @@
 Measuring never runs inside a timed step: what needs hooks is counted in steps of its own, which are not timed.
 """
 
+from dlrscale.measure.flops import ATTENTION_COUNTED, Flops
+from dlrscale.measure.inference import speeds
+from dlrscale.measure.live import LiveBytes
 from dlrscale.measure.phases import TRAINING_PHASES, Phases, host_peak_bytes, synchronise
 from dlrscale.measure.saved import SavedBytes
 
-__all__ = ["TRAINING_PHASES", "Phases", "SavedBytes", "host_peak_bytes", "synchronise"]
+__all__ = [
+    "ATTENTION_COUNTED",
+    "TRAINING_PHASES",
+    "Flops",
+    "LiveBytes",
+    "Phases",
+    "SavedBytes",
+    "host_peak_bytes",
+    "speeds",
+    "synchronise",
+]

@@ -98,10 +98,16 @@ class SavedBytes:
             ):
                 self._open.callback(handle.remove)
         self._open.enter_context(recompute.watched(saved=self._see_again))
-        self._open.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor))
+        self._forward = contextlib.ExitStack()
+        self._forward.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor))
         return self
 
+    def forward_done(self) -> None:
+        """Count as forward what was saved so far, and nothing that is done with the loss before backward."""
+        self._forward.close()
+
     def __exit__(self, *error: Any) -> None:
+        self._forward.close()
         self._open.close()
         self._held.clear()
 

@@ -172,6 +172,9 @@ def saved_formula(config: AttackConfig, shape: shapes.ModelShape, entry: catalog
     dropout = shape.dropout or (shape.shared_input and config.knobs.get("dropout"))
     if config.activation_checkpointing != "none" or entry.trainable == "lora" or dropout:
         return {}
-    trainable = entry.trainable == "all"
-    total = sum(shapes.saved_bytes(shape, i, DTYPE_BYTES[config.dtype], trainable) for i in range(shape.layers))
+    size, total = DTYPE_BYTES[config.dtype], 0
+    for layer in range(shape.layers):
+        # DeepSpeed's linear of ZeRO-3 keeps its input also where its weight is frozen; GPT-2's Conv1D is none.
+        kept = config.zero == 3 and not (shape.family.transposed and layer not in shape.ranks)
+        total += shapes.saved_bytes(shape, layer, size, entry.trainable == "all" or kept)
     return {"memory/saved_mlp_bytes_per_token_formula": total}

@@ -164,7 +164,7 @@ class MeasureConfig(AttackConfig):
     def faults(self) -> list[str]:
         """What is wrong with these settings, one sentence each."""
         found = super().faults()
-        for name, low in (("new_tokens", 1), ("repeats", 1)):
+        for name, low in (("steps", 3), ("new_tokens", 1), ("repeats", 1)):  # two steps warm up
             if getattr(self, name) < low:
                 found.append(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {low}.")
         wrong = [batch for batch in self.inference_batches if batch < 1]

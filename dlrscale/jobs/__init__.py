@@ -27,7 +27,7 @@ from dlrscale.jobs.measure import describe_measured, measure
 from dlrscale.jobs.pretrain import pretrain
 from dlrscale.launcher.guard import Guard
 from dlrscale.launcher.ranks import OUT_OF_MEMORY, RankNote
-from dlrscale.measure import Phases
+from dlrscale.measure import Phases, check_clean
 from dlrscale.record import Outcome
 from dlrscale.train import CHECKPOINT_FOLDER, Diverged
 
@@ -118,7 +118,7 @@ def run(
     ds_config = engine.merge(config)
     run_id, resume_id = configuration.run_ids(config, ds_config)
     entry = describe(config, ds_config, run_id, resume_id) | {"started": record.now(), "device": device_name(device)}
-    job = Run(config, ds_config, Phases(device), out, run_id)
+    job = Run(config, ds_config, Phases(device), out, run_id, notes=check_clean(device))
     if rank == 0:
         configuration.claim_folder(out, run_id, resume_id)
     with record.held(out / configuration.RANK_LOCK, LEFTOVER_S) if rank == 0 else contextlib.nullcontext(True) as alone:

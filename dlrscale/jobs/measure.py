@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from dlrscale.data import StepBatch, token_data
 from dlrscale.engine import Engine
 from dlrscale.jobs.attack import build, mlp_parts, saved_formula, transform
 from dlrscale.jobs.common import Corpora, Run, load_corpora, make_batches, parameter_counts
-from dlrscale.measure import ATTENTION_COUNTED, Flops, LiveBytes, SavedBytes, speeds
-from dlrscale.train import TIMING_WARMUP_STEPS, LanguageModelling, Loop, Stage
+from dlrscale.measure import ATTENTION_COUNTED, Flops, LiveBytes, SavedBytes, speeds, spread, synchronise
+from dlrscale.train import TIMING_WARMUP_STEPS, Diverged, LanguageModelling, Loop, Stage, not_finite
 
 SAVED_FILE = "saved.json"
 RANDOM_STEPS = 4  # steps until random token ids come again
@@ -47,14 +48,45 @@ def measure(run_: Run) -> None:
     loop.resume()
     objective = LanguageModelling()
     stage = Stage(name="train", steps=config.steps, lr=config.lr, warmup=config.warmup_steps, objective=objective)
-    loop.run(stage, 0)
-    run_.metrics |= loop.summary("train") | token_counts(loop)
+    run_.metrics |= timed_steps(loop, stage)
     counts = Counts(ds, objective, batches.step(config.steps))
     with run_.phases.phase("count"):
         run_.metrics |= counts.saved(mlp_parts(ds.module, shape), run_.out) | saved_formula(config, shape, entry)
         run_.metrics |= counts.flops(run_.metrics["time/step_s"])
         run_.metrics |= counts.live()
     run_.notes["flops_attention"] = ATTENTION_COUNTED
+
+
+def timed_steps(loop: Loop, stage: Stage) -> dict[str, float]:
+    """The steps of a stage as `Loop` does them, each followed by one of which nothing is taken but its whole time.
+
+    Args:
+        loop: The loop; its rows are those of the first kind.
+        stage: The stage.
+
+    Returns:
+        The rows' summary, tokens per step, and what phases, rows and tracking add to a step.
+    """
+    ds, added = loop.engine, []
+    for done in range(stage.steps):
+        start = time.perf_counter()
+        with ds.every_gradient() if done == 0 else contextlib.nullcontext():
+            row = loop.step(stage, done)
+        loop.write(row)
+        fault = not_finite(row, loop.config.dtype)
+        if fault is not None:
+            raise Diverged(f"step {done + 1}: {fault}")
+        synchronise(ds.device)
+        dressed = time.perf_counter() - start
+        start = time.perf_counter()
+        batch = loop.batches.step(done)
+        torch.manual_seed(loop.config.seed)
+        stage.objective(ds, batch, Around(contextlib.nullcontext))
+        synchronise(ds.device)
+        added.append(dressed / (time.perf_counter() - start) - 1)
+    added = added[TIMING_WARMUP_STEPS:]
+    overhead = {"measure/overhead_ratio": median(added), "measure/overhead_ratio_iqr": spread(added)}
+    return loop.summary(stage.name) | token_counts(loop) | overhead
 
 
 def random_corpora(config: MeasureConfig, shape: shapes.ModelShape) -> Corpora:
@@ -100,13 +132,12 @@ def inference(config: MeasureConfig, folder: Path) -> dict[str, float]:
 
 @dataclass
 class Around:
-    """Puts a context around each phase of a step, where `Phases` would take its time."""
+    """Puts a context of its own around each phase of a step, where `Phases` would take time and peaks.
 
-    context: Callable[[str], contextlib.AbstractContextManager]
+    `phase` gives the context by the phase's name.
+    """
 
-    def phase(self, name: str) -> contextlib.AbstractContextManager:
-        """The context of a phase."""
-        return self.context(name)
+    phase: Callable[[str], contextlib.AbstractContextManager]
 
 
 @dataclass

@@ -4,9 +4,9 @@ Measuring never runs inside a timed step: what needs hooks is counted in steps o
 """
 
 from dlrscale.measure.flops import ATTENTION_COUNTED, Flops
-from dlrscale.measure.inference import speeds
+from dlrscale.measure.inference import speeds, spread
 from dlrscale.measure.live import LiveBytes
-from dlrscale.measure.phases import TRAINING_PHASES, Phases, host_peak_bytes, synchronise
+from dlrscale.measure.phases import TRAINING_PHASES, Phases, check_clean, host_peak_bytes, synchronise
 from dlrscale.measure.saved import SavedBytes
 
 __all__ = [
@@ -16,7 +16,9 @@ __all__ = [
     "LiveBytes",
     "Phases",
     "SavedBytes",
+    "check_clean",
     "host_peak_bytes",
     "speeds",
+    "spread",
     "synchronise",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -38,6 +39,49 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+CLEAN_BYTES = 1 << 30  # the device context of this process is among what is in use
+
+
+def device_in_use(device: torch.device) -> int | None:
+    """Bytes of an accelerator's memory in use that this process's allocator does not hold; None on a CPU.
+
+    Another process's memory is among them, and this process's own device context of a few hundred MiB.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
+def check_clean(device: torch.device) -> dict[str, int]:
+    """Look, before a run takes memory, whether the accelerator is free; warns where it is not.
+
+    Args:
+        device: The device.
+
+    Returns:
+        `device_in_use_bytes` for the record; nothing on a CPU.
+    """
+    used = device_in_use(device)
+    if used is None:
+        return {}
+    if used > CLEAN_BYTES:
+        warnings.warn(
+            f"{used / 2**30:.1f} GiB of {device} are in use before this run starts, so its peaks and times are not "
+            "its own. End the other process (nvidia-smi names it), or choose another device.",
+            stacklevel=2,
+        )
+    return {"device_in_use_bytes": used}
+
+
+def _allocator_events(device: torch.device) -> dict[str, int]:
+    """How often the allocator has freed its cache and tried again, and has failed; empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    stats = torch.cuda.memory_stats(device)
+    return {"alloc_retries": stats.get("num_alloc_retries", 0), "alloc_ooms": stats.get("num_ooms", 0)}
+
+
 class Phases:
     """Seconds and peaks of named phases: `load`, `forward`, `backward`, `optimizer`, `evaluate`, `save`.
 
@@ -63,6 +107,7 @@ class Phases:
         _reset_host_peak()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        events = _allocator_events(self.device)
         if self.note is not None:
             self.note.say(name)
         start = time.perf_counter()
@@ -84,6 +129,8 @@ class Phases:
                     ("accelerator_peak_reserved_bytes", torch.cuda.max_memory_reserved(self.device)),
                 ):
                     entry[key] = max(entry.get(key, 0), value)
+                for key, value in _allocator_events(self.device).items():
+                    entry[key] = entry.get(key, 0) + value - events[key]
             self.step[name] = self.step.get(name, 0.0) + seconds
 
     def take_step(self) -> dict[str, float]:
@@ -92,8 +139,14 @@ class Phases:
         return taken
 
     def peaks(self) -> dict[str, float]:
-        """The highest peaks over the phases of training and the one that broke, under the record's metric names."""
+        """The highest peaks, and all retries of the allocator, over the phases of training and the one that broke.
+
+        Under the record's metric names.
+        """
         training = [p for name, p in list(self.phases.items()) if name in TRAINING_PHASES or name == self.broken]
         keys = ("accelerator_peak_allocated_bytes", "accelerator_peak_reserved_bytes", "host_peak_rss_bytes")
         found = {key: [p[key] for p in training if key in p] for key in keys}
-        return {f"memory/{key}": max(values) for key, values in found.items() if values}
+        events = {key: [p[key] for p in training if key in p] for key in ("alloc_retries", "alloc_ooms")}
+        return {f"memory/{key}": max(values) for key, values in found.items() if values} | {
+            f"memory/accelerator_{key}": sum(values) for key, values in events.items() if values
+        }

@@ -302,3 +302,47 @@ def test_a_lock_has_peaks_of_training_too():
 def test_host_peak_without_proc(monkeypatch):
     monkeypatch.setattr(phases_file, "status_bytes", lambda field: None)
     assert phases_file.host_peak_bytes() > 10 * MB
+
+
+class Device:
+    """What `torch.cuda` tells, as far as `Phases` asks; the events are those of the whole process."""
+
+    def __init__(self, monkeypatch, free=70):
+        self.events = {"num_alloc_retries": 5, "num_ooms": 1}
+        self.device = torch.device("cuda")
+        for name, answer in (
+            ("synchronize", lambda device: None),
+            ("reset_peak_memory_stats", lambda device: None),
+            ("max_memory_allocated", lambda device: 30),
+            ("max_memory_reserved", lambda device: 40),
+            ("memory_stats", lambda device: self.events),
+            ("memory_reserved", lambda device: 2 << 30),
+            ("mem_get_info", lambda device: (free << 30, 80 << 30)),
+        ):
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+
+def test_retries_of_the_allocator_belong_to_their_phase(monkeypatch):
+    device = Device(monkeypatch)
+    phases = Phases(device.device)
+    for name, retries in (("load", 1), ("forward", 0), ("backward", 2), ("backward", 3)):
+        with phases.phase(name):
+            device.events = {**device.events, "num_alloc_retries": device.events["num_alloc_retries"] + retries}
+    assert {name: entry["alloc_retries"] for name, entry in phases.phases.items()} == {
+        "load": 1,
+        "forward": 0,
+        "backward": 5,
+    }
+    peaks = phases.peaks()
+    assert peaks["memory/accelerator_alloc_retries"] == 5
+    assert peaks["memory/accelerator_alloc_ooms"] == 0
+    assert peaks["memory/accelerator_peak_allocated_bytes"] == 30
+
+
+@pytest.mark.parametrize(("free", "used", "warns"), [(77.5, 0.5, False), (70, 8, True)])
+def test_a_device_that_others_use_is_told(monkeypatch, recwarn, free, used, warns):
+    device = Device(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 80 << 30))
+    assert phases_file.check_clean(device.device) == {"device_in_use_bytes": used * 2**30}
+    assert [str(w.message).startswith("8.0 GiB of cuda are in use") for w in recwarn] == [True] * warns
+    assert phases_file.check_clean(torch.device("cpu")) == {}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import last, rows
 
-from dlrscale import record
+from dlrscale import launcher, record
 from dlrscale.cli import attack_configs
 from dlrscale.config import MeasureConfig, to_json
 
@@ -156,3 +156,75 @@ def test_live_bytes_hold_what_the_rank_holds(done: Path) -> None:
     assert metrics["memory/live_peak_bytes_optimizer"] >= least
     shared = last(done / "full-z2-fp32-none")["metrics"]
     assert shared["memory/live_start_bytes"] > 0
+
+
+def state_of_hooks(module) -> dict:
+    """Everything through which something could look into a step from outside."""
+    import torch
+
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    saved = torch.autograd.graph.saved_tensors_hooks
+    return {
+        "modules": sum(len(getattr(m, kind)) for m in module.modules() for kind in kinds),
+        "parameters": sum(len(p._backward_hooks or ()) for p in module.parameters()),
+        "modes": torch._C._len_torch_dispatch_stack(),
+        "saved": torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+        "torch": (saved.__enter__.__module__, torch.UntypedStorage.resize_.__module__),
+        "global": len(torch.nn.modules.module._global_forward_hooks),
+    }
+
+
+def test_no_hook_is_there_in_timed_steps(place: Path, monkeypatch) -> None:
+    """A job in this process: the forwards of timed steps see what the engine alone has, those of counted ones more."""
+    from dlrscale import jobs
+    from dlrscale.jobs import measure as body
+    from dlrscale.train import LanguageModelling, Loop
+
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),
+                       ("MASTER_PORT", str(launcher.free_port()))):  # fmt: skip
+        monkeypatch.setenv(key, value)
+    seen: dict[str, list] = {"start": [], "dressed": [], "bare": [], "counted": [], "end": []}
+    now = ["bare"]
+    forward, step, run = LanguageModelling._forward, Loop.step, body.Counts._step
+
+    def looking(self, engine, micro):
+        seen[now[0]].append(state_of_hooks(engine.module))
+        return forward(self, engine, micro)
+
+    def stepping(self, stage, done):
+        if done == 0:
+            seen["start"].append(state_of_hooks(self.engine.module) | {"parameters": 0})
+        now[0] = "dressed"
+        try:
+            return step(self, stage, done)
+        finally:
+            now[0] = "bare"
+
+    def counting(self, context):
+        now[0] = "counted"
+        run(self, context)
+        seen["end"].append(state_of_hooks(self.engine.module))
+
+    monkeypatch.setattr(LanguageModelling, "_forward", looking)
+    monkeypatch.setattr(Loop, "step", stepping)
+    monkeypatch.setattr(body.Counts, "_step", counting)
+    options = OPTIONS | {"num_ranks": 1, "steps": 4, "out": "hooks", "inference_batches": [1, 2], "new_tokens": 4}
+    config = attack_configs(options | {"base": "base"}, None, "ckpt-layer", (), MeasureConfig)[0]
+    assert jobs.run(config) == 0
+    clean = seen["start"][0]
+    assert clean["modes"] == 0
+    assert not clean["saved"]
+    assert len(seen["dressed"]) == len(seen["bare"]) == 4
+    assert all(state == clean for state in seen["dressed"][2:] + seen["bare"] + seen["end"])
+    saved, flops, live = seen["counted"]  # and the test can see a hook
+    assert saved["saved"]
+    assert saved["modules"] > clean["modules"]
+    assert flops["modes"] > 0
+    assert live["modes"] > 0
+    metrics = last(place / "hooks")["metrics"]
+    assert "measure/overhead_ratio" in metrics
+    for side, batch in itertools.product(("inference", "inference_base"), (1, 2)):
+        assert metrics[f"{side}/prefill_tokens_per_s_b{batch}"] > 0
+        assert metrics[f"{side}/decode_ms_per_token_b{batch}"] > 0

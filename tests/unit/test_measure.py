@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -346,3 +348,24 @@ def test_a_device_that_others_use_is_told(monkeypatch, recwarn, free, used, warn
     assert phases_file.check_clean(device.device) == {"device_in_use_bytes": used * 2**30}
     assert [str(w.message).startswith("8.0 GiB of cuda are in use") for w in recwarn] == [True] * warns
     assert phases_file.check_clean(torch.device("cpu")) == {}
+
+
+def test_the_parents_memory_is_not_in_the_childs_peak():
+    """C29: Linux carries getrusage's maximum over fork and exec; the peak that is recorded is the process's own."""
+    code = (
+        "import resource; from dlrscale.launcher.ranks import status_bytes; "
+        "print(status_bytes('VmHWM'), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+
+    def child():
+        line = [sys.executable, "-c", code]
+        done = subprocess.run(line, capture_output=True, text=True, check=True, preexec_fn=lambda: None)
+        return map(int, done.stdout.split())
+
+    before, _ = child()
+    block = bytearray(300 * MB)
+    block[::4096] = b"x" * len(block[::4096])
+    after, carried = child()
+    del block
+    assert abs(after - before) < 0.05 * before
+    assert carried > 300 * MB  # what the test would see if the kernel's maximum were taken

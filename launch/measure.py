@@ -1,4 +1,4 @@
-"""`deepspeed launch/measure.py --model ... --strategy ...`: a measurement on ranks that the DeepSpeed launcher started."""
+"""`deepspeed launch/measure.py --model ... --strategy ...`: one model measured on the launcher's ranks."""
 
 import sys
 

@@ -151,6 +151,37 @@ class AttackConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasureConfig(AttackConfig):
+    """A measurement of an attack's steps that trains to no end; without `data`, on random token ids.
+
+    `steps` are the timed ones. `base` is the unlocked model whose inference is measured beside the model's own.
+    """
+
+    kind: str = "measure"
+    data: str | None = None
+    base: str | None = None
+    inference_batches: list[int] = dataclasses.field(default_factory=lambda: [1, 4])
+    new_tokens: int = 16
+    repeats: int = 5
+
+    def faults(self) -> list[str]:
+        """What is wrong with these settings, one sentence each."""
+        found = super().faults()
+        for name, low in (("steps", 3), ("new_tokens", 1), ("repeats", 1)):  # two steps warm up
+            if getattr(self, name) < low:
+                found.append(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {low}.")
+        wrong = [batch for batch in self.inference_batches if batch < 1]
+        if wrong:
+            found.append(f"--inference-batches {wrong[0]}: each must be at least 1.")
+        if self.inference_batches and self.new_tokens >= self.seq_len:
+            found.append(
+                f"--new-tokens {self.new_tokens}: prompt and new tokens together are --seq-len {self.seq_len} long, so "
+                "take fewer."
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
     """Training of a small Llama and its tokenizer from text, from random numbers; `model` is then unused."""
 
@@ -164,7 +195,14 @@ class PretrainConfig(RunConfig):
     vocabulary: int = 2048
 
 
-KINDS: dict[str, type[RunConfig]] = {"lock": LockConfig, "attack": AttackConfig, "pretrain": PretrainConfig}
+KINDS: dict[str, type[RunConfig]] = {
+    "lock": LockConfig,
+    "attack": AttackConfig,
+    "measure": MeasureConfig,
+    "pretrain": PretrainConfig,
+}
+# Settings whose value is a place, which counts by what lies there.
+PLACES = ("model", "base", "data", "heldout", "heldout_base", "chat_template")
 
 
 def to_json(config: RunConfig) -> str:
@@ -195,11 +233,11 @@ def check(config: RunConfig) -> None:
 def identify(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> dict[str, Any]:
     """The flat settings that a run's id is made of: paths count by the digests of their bytes."""
     values = dataclasses.asdict(config)
-    if config.kind == "attack":
+    if isinstance(config, AttackConfig):
         # The resolved axes stand for the strategy's name, which is a label.
         values.pop("strategy")
         values["axes"] = {k: v for k, v in config.axes.items() if k != "levers"}
-    for key in ("model", "data", "heldout", "heldout_base", "chat_template"):
+    for key in PLACES:
         if values.get(key):
             values[key] = digest(values[key])
     values["deepspeed_layout"], values["deepspeed_config"] = split_layout(deepspeed_config)

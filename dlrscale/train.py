@@ -134,21 +134,22 @@ class Loop:
         while done < last:
             step = done + 1
             with self.engine.every_gradient() if done == first else nullcontext():
-                row = self._step(stage, done)
+                row = self.step(stage, done)
             fault = not_finite(row, self.config.dtype)
             if fault is not None:
-                self._write(row)
+                self.write(row)
                 raise Diverged(f"{stage.name} step {step}: {fault}")
             done = step
             if self.evaluate and self.config.eval_every and done % self.config.eval_every == 0:
                 with self.phases.phase("evaluate"):
                     row |= self.evaluate()
-            self._write(row)
+            self.write(row)
             if self.config.checkpoint_every and (done % self.config.checkpoint_every == 0 or done == last):
                 self.save(done)
         return done
 
-    def _step(self, stage: Stage, done: int) -> dict[str, Any]:
+    def step(self, stage: Stage, done: int) -> dict[str, Any]:
+        """Do one step; returns its row."""
         config, engine = self.config, self.engine
         self.phases.take_step()
         start = time.perf_counter()
@@ -177,7 +178,8 @@ class Loop:
             "throughput/tokens_per_s_per_device": batch.tokens / step_s / engine.world_size,
         }
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def write(self, row: dict[str, Any]) -> None:
+        """Add a row to the run's file and tell the tracker."""
         self.rows.append(row)
         if self.engine.rank == 0:
             record.append_line(self.out / record.STEPS_FILE, row)
@@ -193,6 +195,17 @@ class Loop:
         keys = [k for k in timed[-1] if k.startswith(("time/", "throughput/"))]
         found = {k: median(row[k] for row in timed if k in row) for k in keys}
         return {"loss/train": rows[-1]["loss/train"], **found}
+
+
+def described(micro: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What of a micro-batch decides what it costs: its shape, its label tokens, and whether it is padded."""
+    batch, length = micro["input_ids"].shape
+    return {
+        "batch": batch,
+        "length": length,
+        "labels": int((micro["labels"][:, 1:] != IGNORE).sum()),
+        "masked": not bool(micro["attention_mask"].all()),
+    }
 
 
 class LanguageModelling:
@@ -248,12 +261,6 @@ class LanguageModelling:
         tokens = micro["input_ids"].numel()
         self.counted["memory/saved_bytes_per_token"] = self.counter.total / tokens
         self.counted["memory/saved_mlp_bytes_per_token"] = sum(self.counter.by_part.values()) / tokens
-        self.seen |= {
-            "batch": micro["input_ids"].shape[0],
-            "length": micro["input_ids"].shape[1],
-            "labels": int((micro["labels"][:, 1:] != IGNORE).sum()),
-            "masked": not bool(micro["attention_mask"].all()),
-            "saved_bytes": self.counter.total,
-        }
+        self.seen |= described(micro) | {"saved_bytes": self.counter.total}
         self.counter = None
         return nats

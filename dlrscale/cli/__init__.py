@@ -29,6 +29,7 @@ def dlrscale() -> None:
     dlrscale demo                 the whole line on an embedded model, in minutes, without a download
     dlrscale lock --help          replace a model's MLPs by deep low-rank residual networks
     dlrscale attack --help        fine-tune base and locked model by one strategy, on DeepSpeed
+    dlrscale measure --help       memory, time and FLOPs of a few such steps, and the speed of inference
     dlrscale report results       tables, plots and verdicts from the records
     dlrscale doctor               what this machine lacks for a run, and what a bug report needs
     """
@@ -205,12 +206,14 @@ def check_family(folder: str) -> None:
         models.refuse_family(config)
 
 
-def attack_configs(options: dict[str, Any], base: str | None, strategy: str, knobs: tuple[str, ...]) -> list[Any]:
-    """The configurations of an attack: of the base model, if given, and of the model itself."""
+def attack_configs(
+    options: dict[str, Any], base: str | None, strategy: str, knobs: tuple[str, ...], kind: type | None = None
+) -> list[Any]:
+    """The configurations of an attack, or of a measurement: of the base model, if given, and of the model itself."""
     from dlrscale import config as configuration
     from dlrscale import folders, shapes
     from dlrscale.cli.run import choose_levers, resolve
-    from dlrscale.config import AttackConfig
+    from dlrscale.config import AttackConfig, MeasureConfig
 
     entry = catalogue.strategy(strategy)
     pairs = dict(knob.partition("=")[::2] for knob in knobs)
@@ -243,12 +246,14 @@ def attack_configs(options: dict[str, Any], base: str | None, strategy: str, kno
         if folder is None:
             continue
         own = shared | {"model": folder}
+        if kind is MeasureConfig and base:  # both models take turns in one process, that of the locked one's job
+            own |= {"inference_batches": []} if side == "base" else {"base": base}
         if base and options.get("out"):
             own["out"] = str(Path(options["out"]) / side)
         if options.get("name"):
             own["name"] = f"{options['name']}-{side}" if base else options["name"]
         default = f"{strategy}-locked-k{manifest['depth']}" if side == "locked" else f"{strategy}-base"
-        found.append(resolve(AttackConfig, own, levers, default))
+        found.append(resolve(kind or AttackConfig, own, levers, f"measure-{default}" if kind else default))
     return found
 
 
@@ -450,3 +455,8 @@ def demo(out: str, tracking_uri: str | None) -> None:
     from dlrscale.cli.demo import run_demo
 
     run_demo(Path(out), tracking_uri)
+
+
+from dlrscale.cli.measure import measure  # noqa: E402
+
+dlrscale.add_command(measure)

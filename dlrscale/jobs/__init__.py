@@ -1,4 +1,4 @@
-"""What one rank runs: a lock, an attack or a pretraining, from its configuration to its record."""
+"""What one rank runs: a lock, an attack, a measurement or a pretraining, from its configuration to its record."""
 
 from __future__ import annotations
 
@@ -24,14 +24,20 @@ from dlrscale.jobs import forecast
 from dlrscale.jobs.attack import attack
 from dlrscale.jobs.common import MODEL_FOLDER, Run, load_corpora
 from dlrscale.jobs.lock import lock
+from dlrscale.jobs.measure import describe_measured, measure
 from dlrscale.jobs.pretrain import pretrain
 from dlrscale.launcher.guard import Guard
 from dlrscale.launcher.ranks import OUT_OF_MEMORY, RankNote
-from dlrscale.measure import Phases
+from dlrscale.measure import Phases, check_clean
 from dlrscale.record import Outcome
 from dlrscale.train import CHECKPOINT_FOLDER, Diverged
 
-BODIES: dict[str, Callable[[Run], None]] = {"lock": lock, "attack": attack, "pretrain": pretrain}
+BODIES: dict[str, Callable[[Run], None]] = {
+    "lock": lock,
+    "attack": attack,
+    "measure": measure,
+    "pretrain": pretrain,
+}
 
 LEFTOVER_S = 60.0  # the longest that ranks of an earlier start take to go
 CLAIMED_S = 5.0  # the longest that a rank takes to write the record that it has claimed
@@ -76,7 +82,8 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     elif shape.locked and catalogue.strategy(config.strategy).transform == "flatten":
         models.check_generation(config.model)
         export.check_flattens(shape)
-    load_corpora(config, models.load_tokenizer(config.model))
+    if config.data:
+        load_corpora(config, models.load_tokenizer(config.model))
     return merged
 
 
@@ -112,7 +119,7 @@ def run(
     ds_config = engine.merge(config)
     run_id, resume_id = configuration.run_ids(config, ds_config)
     entry = describe(config, ds_config, run_id, resume_id) | {"started": record.now(), "device": device_name(device)}
-    job = Run(config, ds_config, Phases(device), out, run_id)
+    job = Run(config, ds_config, Phases(device), out, run_id, notes=check_clean(device))
     if rank == 0:
         configuration.claim_folder(out, run_id, resume_id)
     with record.held(out / configuration.RANK_LOCK, LEFTOVER_S) if rank == 0 else contextlib.nullcontext(True) as alone:
@@ -216,7 +223,7 @@ def describe(config: RunConfig, ds_config: dict[str, Any], run_id: str, resume_i
                 "harden_weight": (manifest["harden"] or {}).get("weight"),
             }
             settings["lock_id"] = manifest["lock_id"]
-    for key in ("model", "data", "heldout", "heldout_base", "chat_template"):
+    for key in configuration.PLACES:
         if settings.get(key):
             settings[f"{key}_digest"] = configuration.digest(settings[key])
             settings[key] = configuration.shown(settings[key])
@@ -321,6 +328,8 @@ def summary_lines(entry: dict[str, Any], out: Path) -> list[str]:
             f"flattened without training {flat:.4f} ({flat - base:+.4f})",
             "error by layer: " + ", ".join(f"{layer}: {value:.4f}" for layer, value in errors.items()),
         ]
+    elif entry["kind"] == "measure":
+        lines += describe_measured(metrics)
     else:
         lines += [f"{key}: {metrics[key]:.4f}" for key in sorted(metrics) if key.startswith("loss/")]
     return lines

@@ -42,16 +42,7 @@ def attack(run_: Run) -> None:
         with run_.phases.phase("transform"):
             folder = transform(run_, entry.transform, folder)
     with run_.phases.phase("load"):
-        model = models.load_model(folder, config.dtype)
-        shape = shapes.model_shape(model.config.to_dict())
-        if config.activation_checkpointing == "layer":
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if entry.trainable == "all":
-            model.requires_grad_(True)
-        else:
-            torch.manual_seed(config.seed)  # the adapters' start
-            model = attacks.find(entry.trainable).choose(model, shape, config.knobs)
-        model.train()
+        model, shape = build(config, folder)
         ds = run_.start_engine(model, [p for p in model.parameters() if p.requires_grad])
     run_.metrics |= corpora.counts() | parameter_counts(model)
     loss = evaluator(run_, ds, corpora)
@@ -92,15 +83,44 @@ def attack(run_: Run) -> None:
         save(run_, ds, model, folder, tokenizer)
 
 
-def compare(run_: Run, seen: dict[str, Any]) -> None:
-    """Put what was measured beside the plan; of the ranks, the one that holds most of a term counts."""
-    mine = {"seen": seen, "peak": run_.phases.peaks().get("memory/accelerator_peak_allocated_bytes")}
-    ranks = run_.engine.gather(mine)
+def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None) -> None:
+    """Put what was measured beside the plan; of the ranks, the one that holds most of a term counts.
+
+    Args:
+        run_: The run.
+        seen: What an objective has seen (`train.LanguageModelling`), or a measurement's like it.
+        live_peak: The most bytes of live tensors on this rank, where they were counted.
+    """
+    allocated = run_.phases.peaks().get("memory/accelerator_peak_allocated_bytes")
+    ranks = run_.engine.gather({"seen": seen, "accelerator_peak_bytes": allocated, "live_peak_bytes": live_peak})
     holding = [rank["seen"]["held"] for rank in ranks if "held" in rank["seen"]]
     held = {name: max((h[name] for h in holding), key=lambda h: sum(h.values())) for name in (holding or [{}])[0]}
-    peak = max((rank["peak"] for rank in ranks if rank["peak"]), default=None)
+    peaks = {k: max(rank[k] for rank in ranks) for k in ("accelerator_peak_bytes", "live_peak_bytes") if ranks[0][k]}
     plan = forecast.forecast(run_.config, run_.ds_config)
-    run_.plan |= forecast.measured(plan, seen if "saved_bytes" in seen else {}, held, peak)
+    run_.plan |= forecast.measured(plan, seen if "saved_bytes" in seen else {}, held, peaks)
+
+
+def build(config: AttackConfig, folder: Path) -> tuple[nn.Module, shapes.ModelShape]:
+    """The model of a strategy in training mode: checkpointed as the levers say, its trainable set chosen.
+
+    Args:
+        config: The strategy, its knobs and levers.
+        folder: The model's folder, after the transform.
+
+    Returns:
+        The model, or peft's model around it, and its shape.
+    """
+    model = models.load_model(folder, config.dtype)
+    shape = shapes.model_shape(model.config.to_dict())
+    if config.activation_checkpointing == "layer":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainable = catalogue.strategy(config.strategy).trainable
+    if trainable == "all":
+        model.requires_grad_(True)
+    else:
+        torch.manual_seed(config.seed)  # the adapters' start
+        model = attacks.find(trainable).choose(model, shape, config.knobs)
+    return model.train(), shape
 
 
 def save(run_: Run, ds: Engine, model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -172,6 +192,9 @@ def saved_formula(config: AttackConfig, shape: shapes.ModelShape, entry: catalog
     dropout = shape.dropout or (shape.shared_input and config.knobs.get("dropout"))
     if config.activation_checkpointing != "none" or entry.trainable == "lora" or dropout:
         return {}
-    trainable = entry.trainable == "all"
-    total = sum(shapes.saved_bytes(shape, i, DTYPE_BYTES[config.dtype], trainable) for i in range(shape.layers))
+    size, total = DTYPE_BYTES[config.dtype], 0
+    for layer in range(shape.layers):
+        # DeepSpeed's linear of ZeRO-3 keeps its input also where its weight is frozen; GPT-2's Conv1D is none.
+        kept = config.zero == 3 and not (shape.family.transposed and layer not in shape.ranks)
+        total += shapes.saved_bytes(shape, layer, size, entry.trainable == "all" or kept)
     return {"memory/saved_mlp_bytes_per_token_formula": total}

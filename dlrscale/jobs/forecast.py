@@ -163,8 +163,12 @@ def said(plan: Plan | LockPlan, hardware: Hardware | None) -> str:
     )
 
 
-def measured(plan: Plan, counted: Mapping[str, Any], held: Mapping[str, Mapping[str, int]] | None,
-             accelerator_peak: float | None) -> dict[str, Any]:  # fmt: skip
+def measured(
+    plan: Plan,
+    counted: Mapping[str, Any],
+    held: Mapping[str, Mapping[str, int]] | None,
+    peaks: Mapping[str, float],
+) -> dict[str, Any]:
     """What an attack measured beside its plan, and the plan's errors in per cent.
 
     Saved bytes are planned once more for the micro-batch that was counted, with its own length, padding and labels.
@@ -174,7 +178,7 @@ def measured(plan: Plan, counted: Mapping[str, Any], held: Mapping[str, Mapping[
         counted: `batch`, `length`, `labels`, `masked` and `saved_bytes` of the counted micro-batch; `saved_peak_bytes`
             where it was taken.
         held: What the engine held before its first update (`engine.held`).
-        accelerator_peak: The allocator's peak, where there is one.
+        peaks: The most bytes on a device, by who counted them: `accelerator_peak_bytes`, `live_peak_bytes`.
 
     Returns:
         `measured`, `planned` and `error_percent`, by the same names.
@@ -195,8 +199,7 @@ def measured(plan: Plan, counted: Mapping[str, Any], held: Mapping[str, Mapping[
     for name in STATES if held else ():
         term = plan.states[name]
         pairs[f"{name}_bytes"] = (term.device + term.host, sum(held[name].values()))
-    if accelerator_peak:
-        pairs["accelerator_peak_bytes"] = (plan.needs.peak_bytes, accelerator_peak)
+    pairs |= {name: (plan.needs.peak_bytes, peak) for name, peak in peaks.items()}
     pairs = {name: pair for name, pair in pairs.items() if any(pair)}
     return {
         "planned": {name: planned for name, (planned, _) in pairs.items()},

@@ -110,12 +110,12 @@ def test_measurement_beside_the_plan(attack):
     exact = type(plan.activations)(kept).held_bytes
     counted = {"batch": 3, "length": 20, "labels": 9, "masked": False, "saved_bytes": exact}
     held = {name: {"device": plan.states[name].device, "host": plan.states[name].host} for name in forecast.STATES}
-    found = forecast.measured(plan, counted, held, 2.0 * plan.needs.peak_bytes)
+    found = forecast.measured(plan, counted, held, {"accelerator_peak_bytes": 2.0 * plan.needs.peak_bytes})
     assert found["error_percent"]["saved_bytes"] == 0
     assert found["error_percent"]["master_bytes"] == 0
     assert found["error_percent"]["accelerator_peak_bytes"] == pytest.approx(-50)
     assert "persistent_bytes" not in found["planned"]  # nothing, planned and found
-    wrong = forecast.measured(plan, counted | {"saved_bytes": exact + exact // 4}, None, None)
+    wrong = forecast.measured(plan, counted | {"saved_bytes": exact + exact // 4}, None, {})
     assert wrong["error_percent"]["saved_bytes"] == pytest.approx(-20, abs=0.01)
     assert set(wrong["planned"]) == {"saved_bytes"}
 

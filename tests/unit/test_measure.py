@@ -2,14 +2,17 @@
 
 import copy
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from dlrscale import measure, shapes
+from dlrscale import shapes
 from dlrscale.measure import Phases, SavedBytes
+from dlrscale.measure import phases as phases_file
 from dlrscale.modeling.dlr_net import DLRNet
 
 D, RANKS = 16, (5, 4, 4)
@@ -263,8 +266,8 @@ def test_a_phase_has_its_own_peak():
 
 def test_a_phase_that_comes_again_keeps_its_highest_peak_and_adds_its_seconds(monkeypatch):
     peaks, clock = iter([30, 10, 20]), iter([0.0, 1.0, 10.0, 12.0, 20.0, 24.0])
-    monkeypatch.setattr(measure, "host_peak_bytes", lambda: next(peaks))
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(phases_file, "host_peak_bytes", lambda: next(peaks))
+    monkeypatch.setattr(phases_file.time, "perf_counter", lambda: next(clock))
     phases = Phases(torch.device("cpu"))
     with phases.phase("forward"):
         pass
@@ -299,5 +302,70 @@ def test_a_lock_has_peaks_of_training_too():
 
 
 def test_host_peak_without_proc(monkeypatch):
-    monkeypatch.setattr(measure, "status_bytes", lambda field: None)
-    assert measure.host_peak_bytes() > 10 * MB
+    monkeypatch.setattr(phases_file, "status_bytes", lambda field: None)
+    assert phases_file.host_peak_bytes() > 10 * MB
+
+
+class Device:
+    """What `torch.cuda` tells, as far as `Phases` asks; the events are those of the whole process."""
+
+    def __init__(self, monkeypatch, free=70):
+        self.events = {"num_alloc_retries": 5, "num_ooms": 1}
+        self.device = torch.device("cuda")
+        for name, answer in (
+            ("synchronize", lambda device: None),
+            ("reset_peak_memory_stats", lambda device: None),
+            ("max_memory_allocated", lambda device: 30),
+            ("max_memory_reserved", lambda device: 40),
+            ("memory_stats", lambda device: self.events),
+            ("memory_reserved", lambda device: 2 << 30),
+            ("mem_get_info", lambda device: (free << 30, 80 << 30)),
+        ):
+            monkeypatch.setattr(torch.cuda, name, answer)
+
+
+def test_retries_of_the_allocator_belong_to_their_phase(monkeypatch):
+    device = Device(monkeypatch)
+    phases = Phases(device.device)
+    for name, retries in (("load", 1), ("forward", 0), ("backward", 2), ("backward", 3)):
+        with phases.phase(name):
+            device.events = {**device.events, "num_alloc_retries": device.events["num_alloc_retries"] + retries}
+    assert {name: entry["alloc_retries"] for name, entry in phases.phases.items()} == {
+        "load": 1,
+        "forward": 0,
+        "backward": 5,
+    }
+    peaks = phases.peaks()
+    assert peaks["memory/accelerator_alloc_retries"] == 5
+    assert peaks["memory/accelerator_alloc_ooms"] == 0
+    assert peaks["memory/accelerator_peak_allocated_bytes"] == 30
+
+
+@pytest.mark.parametrize(("free", "used", "warns"), [(77.5, 0.5, False), (70, 8, True)])
+def test_a_device_that_others_use_is_told(monkeypatch, recwarn, free, used, warns):
+    device = Device(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2**30), 80 << 30))
+    assert phases_file.check_clean(device.device) == {"device_in_use_bytes": used * 2**30}
+    assert [str(w.message).startswith("8.0 GiB of cuda are in use") for w in recwarn] == [True] * warns
+    assert phases_file.check_clean(torch.device("cpu")) == {}
+
+
+def test_the_parents_memory_is_not_in_the_childs_peak():
+    """C29: Linux carries getrusage's maximum over fork and exec; the peak that is recorded is the process's own."""
+    code = (
+        "import resource; from dlrscale.launcher.ranks import status_bytes; "
+        "print(status_bytes('VmHWM'), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+
+    def child():
+        line = [sys.executable, "-c", code]
+        done = subprocess.run(line, capture_output=True, text=True, check=True, preexec_fn=lambda: None)
+        return map(int, done.stdout.split())
+
+    before, _ = child()
+    block = bytearray(300 * MB)
+    block[::4096] = b"x" * len(block[::4096])
+    after, carried = child()
+    del block
+    assert abs(after - before) < 0.05 * before
+    assert carried > 300 * MB  # what the test would see if the kernel's maximum were taken

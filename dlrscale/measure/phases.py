@@ -1,83 +1,17 @@
-"""Measuring: bytes saved for backward, peaks and seconds per phase.
-
-Measuring never runs inside a timed step: saved bytes are counted in the first step, which is a warm-up.
-"""
+"""Seconds and peaks of memory per phase of a run."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import nn
 
 from dlrscale.launcher.ranks import RankNote, status_bytes
 
 TRAINING_PHASES = ("distil", "forward", "backward", "optimizer")
-
-
-class SavedBytes:
-    """Count the bytes that autograd saves for backward, once per storage, without parameters and buffers.
-
-    Each storage is held while counted, since a freed address would be used again. Weights that ZeRO-3
-    gathers for a moment are known through the modules that are running. Bytes are attributed to every running
-    module that `parts` names.
-
-    Args:
-        model: The model whose parameters and buffers do not count.
-        parts: Modules by label, whose share is counted in `by_part`.
-    """
-
-    def __init__(self, model: nn.Module, parts: dict[str, nn.Module] | None = None):
-        self.model = model
-        self.labels = {id(module): label for label, module in (parts or {}).items()}
-        self.total = 0
-        self.by_part: dict[str, int] = dict.fromkeys(parts or {}, 0)
-        self._held: dict[int, torch.UntypedStorage] = {}
-        self._running: list[tuple[set[int], str | None]] = []
-        tensors = [*model.parameters(), *model.buffers()]
-        # ZeRO-3 gives its parameters a `ds_id` and an empty or passing storage: these are found while running.
-        self._static = {_key(t) for t in tensors if t.numel() and not hasattr(t, "ds_id")}
-
-    def _enter_module(self, module: nn.Module, args: Any) -> None:
-        own = {_key(p) for p in module.parameters(recurse=False)}
-        self._running.append((own, self.labels.get(id(module))))
-
-    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._running.pop()
-
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        key = _key(tensor)
-        base = tensor._base if tensor._base is not None else tensor
-        static = key in self._static or isinstance(base, nn.Parameter) or any(key in own for own, _ in self._running)
-        if not static and key not in self._held:
-            self._held[key] = tensor.untyped_storage()
-            size = tensor.untyped_storage().nbytes()
-            self.total += size
-            for label in {label for _, label in self._running if label is not None}:
-                self.by_part[label] += size
-        return tensor
-
-    def __enter__(self) -> SavedBytes:
-        self._handles = []
-        for module in self.model.modules():
-            self._handles.append(module.register_forward_pre_hook(self._enter_module))
-            self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-        for handle in self._handles:
-            handle.remove()
-        self._held.clear()
-
-
-def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _reset_host_peak() -> None:
@@ -105,6 +39,49 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+CLEAN_BYTES = 1 << 30  # the device context of this process is among what is in use
+
+
+def device_in_use(device: torch.device) -> int | None:
+    """Bytes of an accelerator's memory in use that this process's allocator does not hold; None on a CPU.
+
+    Another process's memory is among them, and this process's own device context of a few hundred MiB.
+    """
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
+def check_clean(device: torch.device) -> dict[str, int]:
+    """Look, before a run takes memory, whether the accelerator is free; warns where it is not.
+
+    Args:
+        device: The device.
+
+    Returns:
+        `device_in_use_bytes` for the record; nothing on a CPU.
+    """
+    used = device_in_use(device)
+    if used is None:
+        return {}
+    if used > CLEAN_BYTES:
+        warnings.warn(
+            f"{used / 2**30:.1f} GiB of {device} are in use before this run starts, so its peaks and times are not "
+            "its own. End the other process (nvidia-smi names it), or choose another device.",
+            stacklevel=2,
+        )
+    return {"device_in_use_bytes": used}
+
+
+def _allocator_events(device: torch.device) -> dict[str, int]:
+    """How often the allocator has freed its cache and tried again, and has failed; empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    stats = torch.cuda.memory_stats(device)
+    return {"alloc_retries": stats.get("num_alloc_retries", 0), "alloc_ooms": stats.get("num_ooms", 0)}
+
+
 class Phases:
     """Seconds and peaks of named phases: `load`, `forward`, `backward`, `optimizer`, `evaluate`, `save`.
 
@@ -130,6 +107,7 @@ class Phases:
         _reset_host_peak()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        events = _allocator_events(self.device)
         if self.note is not None:
             self.note.say(name)
         start = time.perf_counter()
@@ -151,6 +129,8 @@ class Phases:
                     ("accelerator_peak_reserved_bytes", torch.cuda.max_memory_reserved(self.device)),
                 ):
                     entry[key] = max(entry.get(key, 0), value)
+                for key, value in _allocator_events(self.device).items():
+                    entry[key] = entry.get(key, 0) + value - events[key]
             self.step[name] = self.step.get(name, 0.0) + seconds
 
     def take_step(self) -> dict[str, float]:
@@ -159,8 +139,14 @@ class Phases:
         return taken
 
     def peaks(self) -> dict[str, float]:
-        """The highest peaks over the phases of training and the one that broke, under the record's metric names."""
+        """The highest peaks, and all retries of the allocator, over the phases of training and the one that broke.
+
+        Under the record's metric names.
+        """
         training = [p for name, p in list(self.phases.items()) if name in TRAINING_PHASES or name == self.broken]
         keys = ("accelerator_peak_allocated_bytes", "accelerator_peak_reserved_bytes", "host_peak_rss_bytes")
         found = {key: [p[key] for p in training if key in p] for key in keys}
-        return {f"memory/{key}": max(values) for key, values in found.items() if values}
+        events = {key: [p[key] for p in training if key in p] for key in ("alloc_retries", "alloc_ooms")}
+        return {f"memory/{key}": max(values) for key, values in found.items() if values} | {
+            f"memory/accelerator_{key}": sum(values) for key, values in events.items() if values
+        }

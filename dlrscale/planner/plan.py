@@ -96,7 +96,7 @@ class Plan:
         """The highest moment of backward: at the loss, while one of the layers is gone through, or at its end.
 
         Saved tensors go layer by layer while gradients come, in proportion to the trained parameters gone through,
-        where they are not held for good.
+        where they are not held for good; at the loss there are none yet, and nothing is done with them (`backward`).
         """
         kept, always = self.activations, states_in(self.states, BACKWARD)
         whole = always.pop("gradients")
@@ -107,7 +107,8 @@ class Plan:
             return always | {"gradients": grown, "saved tensors": saved, beside: size}
 
         done = self._trained("head") + (self._trained("embedding") if self.model.shape.tied else 0)
-        moments = [moment(0, kept.held_bytes, "logits and loss", workspace.loss_backward_bytes(kept.run))]
+        at_loss = moment(0, kept.held_bytes, "logits and loss", workspace.loss_backward_bytes(kept.run))
+        moments = [at_loss | {"backward": 0}]
         per_layer = self.model.trained_by_layer()
         for layer in reversed(range(self.model.shape.layers)):
             inside = workspace.layer_bytes(kept, layer)

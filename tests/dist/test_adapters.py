@@ -21,8 +21,8 @@ OPTIONS = {"data": "task.jsonl", "seq_len": 32, "micro_batch": 2, "num_ranks": 2
 ADAPTERS = {
     "z0": ("lora", {"zero": 0}),
     "z2": ("lora", {"zero": 2}),
-    "z3": ("lora", {"zero": 3}),
     "no-checkpointing": ("lora", {"zero": 2, "activation_checkpointing": "none"}),
+    "z3": ("lora", {"zero": 3}),  # behind it: DeepSpeed replaces torch's linear map for the rest of the process
     "attention-z3": ("lora-attn", {"zero": 3}),
 }
 MODELS = {

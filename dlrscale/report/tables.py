@@ -329,8 +329,20 @@ def all_runs(runs: Sequence[Run]) -> Table:
                 str(run.id or MISSING)[:8],
                 *(text(v) for v in (run.kind, run.name, run.strategy, run.side, run.outcome, run.seed, run.started)),
                 run.folder.name or MISSING,
+                *plan(run),
                 reason,
             ]
         )
-    columns = ["id", "kind", "name", "strategy", "side", "outcome", "seed", "started", "folder", "error"]
-    return Table("", [("", columns)], rows)
+    columns = ["id", "kind", "name", "strategy", "side", "outcome", "seed", "started", "folder", "planned peak",
+               "plan off by", "error"]  # fmt: skip
+    note = "Planned peak: of a device. Plan off by: the largest error of what was both planned and measured."
+    return Table("", [("", columns)], rows, note)
+
+
+def plan(run: Run) -> list[str]:
+    """The predicted peak of a device, and the largest error of what was planned and measured, with its name."""
+    found = run.record.get("plan") or {}
+    errors = {k: v for k, v in (found.get("error_percent") or {}).items() if isinstance(v, (int, float))}
+    worst = max(errors, key=lambda name: abs(errors[name]), default=None)
+    off = f"{errors[worst]:+.2f} % ({worst.removesuffix('_bytes')})" if worst and errors[worst] else "0"
+    return [size(found.get("peak_bytes")), off if worst else MISSING]

@@ -328,3 +328,11 @@ def test_same_records_give_the_same_page(tmp_path):
     second = report.build([place], tmp_path / "b")
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes(), one.name
+
+
+def test_the_runs_show_plan_and_error():
+    errors = {"saved_bytes": 0.0, "accelerator_peak_bytes": -2.5, "lost_bytes": None}
+    off, exact = {"peak_bytes": 3 << 30, "error_percent": errors}, {"peak_bytes": 1 << 20, "error_percent": {"a": 0.0}}
+    runs = [report_runs.Run(None, make_record(id="a" * 64, kind="attack", plan=plan)) for plan in (off, exact, None)]
+    wanted = [["3.00 GiB", "-2.50 % (accelerator_peak)"], ["1.00 MiB", "0"], [tables.MISSING] * 2]
+    assert [tables.plan(run) for run in runs] == wanted

@@ -37,6 +37,8 @@ def measure(run_: Run) -> None:
     if config.inference_batches:
         with run_.phases.phase("inference"):
             run_.metrics |= inference(config, folder)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what inference has reserved is none of the training's
     with run_.phases.phase("load"):
         model, shape = build(config, folder)
         corpora = load_corpora(config, models.load_tokenizer(folder)) if config.data else random_corpora(config, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 from pathlib import Path
@@ -97,7 +98,9 @@ def test_every_stage_saves_the_same_bytes(strategy: str, dtype: str, checkpointi
         assert by_module[stage] == by_module[0]
     if len(same) < len(STAGES):
         assert all(found[3][key] >= found[0][key] for key in keys)
-        assert found[3][keys[1]] > found[0][keys[1]]
+        assert found[3][keys[0]] > found[0][keys[0]]
+    for key in ("flops/forward", "flops/backward"):
+        assert len({metrics[key] for metrics in found}) == 1
     for metrics, shares in zip(found, by_module, strict=True):
         total, peak, again, mlp = (metrics[key] for key in keys)
         assert sum(shares["saved"].values()) == total * shares["tokens"]
@@ -106,7 +109,8 @@ def test_every_stage_saves_the_same_bytes(strategy: str, dtype: str, checkpointi
             assert (peak, again) == (total, 0)
             assert mlp > 0
         else:
-            assert peak > total
+            # A layer whose weights are frozen saves so little that the peak may be at the loss.
+            assert peak > total or (strategy != "full" and peak == total)
             assert again > 0
             assert mlp == 0
         formula = metrics.get("memory/saved_mlp_bytes_per_token_formula")
@@ -177,9 +181,9 @@ def state_of_hooks(module) -> dict:
 def test_no_hook_is_there_in_timed_steps(place: Path, monkeypatch) -> None:
     """A job in this process: the forwards of timed steps see what the engine alone has, those of counted ones more."""
     from dlrscale import jobs
-    from dlrscale.jobs import measure as body
     from dlrscale.train import LanguageModelling, Loop
 
+    body = importlib.import_module("dlrscale.jobs.measure")
     monkeypatch.chdir(place)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),

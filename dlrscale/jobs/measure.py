@@ -37,6 +37,8 @@ def measure(run_: Run) -> None:
     if config.inference_batches:
         with run_.phases.phase("inference"):
             run_.metrics |= inference(config, folder)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what inference has reserved is none of the training's
     with run_.phases.phase("load"):
         model, shape = build(config, folder)
         corpora = load_corpora(config, models.load_tokenizer(folder)) if config.data else random_corpora(config, shape)
@@ -60,7 +62,7 @@ def measure(run_: Run) -> None:
 
 
 def timed_steps(loop: Loop, stage: Stage) -> dict[str, float]:
-    """The steps of a stage as `Loop` does them, each followed by one of which nothing is taken but its whole time.
+    """The steps of a stage as `Loop` does them, and beside each the same step with a clock around it alone.
 
     Args:
         loop: The loop; its rows are those of the first kind.
@@ -69,23 +71,29 @@ def timed_steps(loop: Loop, stage: Stage) -> dict[str, float]:
     Returns:
         The rows' summary, tokens per step, and what phases, rows and tracking add to a step.
     """
-    ds, added = loop.engine, []
-    for done in range(stage.steps):
-        start = time.perf_counter()
+    ds = loop.engine
+
+    def dressed(done: int) -> None:
         with ds.every_gradient() if done == 0 else contextlib.nullcontext():
             row = loop.step(stage, done)
         loop.write(row)
         fault = not_finite(row, loop.config.dtype)
         if fault is not None:
             raise Diverged(f"step {done + 1}: {fault}")
-        synchronise(ds.device)
-        dressed = time.perf_counter() - start
-        start = time.perf_counter()
-        batch = loop.batches.step(done)
-        torch.manual_seed(loop.config.seed)
-        stage.objective(ds, batch, Around(contextlib.nullcontext))
-        synchronise(ds.device)
-        added.append(dressed / (time.perf_counter() - start) - 1)
+
+    def bare(done: int) -> None:
+        stage.objective(ds, loop.batches.step(done), Around(contextlib.nullcontext))
+
+    added = []
+    for done in range(stage.steps):
+        seconds = {}
+        for kind in (dressed, bare) if done % 2 == 0 else (bare, dressed):  # neither always comes first
+            synchronise(ds.device)
+            start = time.perf_counter()
+            kind(done)
+            synchronise(ds.device)
+            seconds[kind] = time.perf_counter() - start
+        added.append(seconds[dressed] / seconds[bare] - 1)
     added = added[TIMING_WARMUP_STEPS:]
     overhead = {"measure/overhead_ratio": median(added), "measure/overhead_ratio_iqr": spread(added)}
     return loop.summary(stage.name) | token_counts(loop) | overhead

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 from pathlib import Path
@@ -97,7 +98,9 @@ def test_every_stage_saves_the_same_bytes(strategy: str, dtype: str, checkpointi
         assert by_module[stage] == by_module[0]
     if len(same) < len(STAGES):
         assert all(found[3][key] >= found[0][key] for key in keys)
-        assert found[3][keys[1]] > found[0][keys[1]]
+        assert found[3][keys[0]] > found[0][keys[0]]
+    for key in ("flops/forward", "flops/backward"):
+        assert len({metrics[key] for metrics in found}) == 1
     for metrics, shares in zip(found, by_module, strict=True):
         total, peak, again, mlp = (metrics[key] for key in keys)
         assert sum(shares["saved"].values()) == total * shares["tokens"]
@@ -106,7 +109,8 @@ def test_every_stage_saves_the_same_bytes(strategy: str, dtype: str, checkpointi
             assert (peak, again) == (total, 0)
             assert mlp > 0
         else:
-            assert peak > total
+            # A layer whose weights are frozen saves so little that the peak may be at the loss.
+            assert peak > total or (strategy != "full" and peak == total)
             assert again > 0
             assert mlp == 0
         formula = metrics.get("memory/saved_mlp_bytes_per_token_formula")
@@ -169,7 +173,7 @@ def state_of_hooks(module) -> dict:
         "parameters": sum(len(p._backward_hooks or ()) for p in module.parameters()),
         "modes": torch._C._len_torch_dispatch_stack(),
         "saved": torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
-        "torch": (saved.__enter__.__module__, torch.UntypedStorage.resize_.__module__),
+        "torch": (saved.__enter__.__module__, type(torch.UntypedStorage.resize_).__name__),
         "global": len(torch.nn.modules.module._global_forward_hooks),
     }
 
@@ -177,16 +181,16 @@ def state_of_hooks(module) -> dict:
 def test_no_hook_is_there_in_timed_steps(place: Path, monkeypatch) -> None:
     """A job in this process: the forwards of timed steps see what the engine alone has, those of counted ones more."""
     from dlrscale import jobs
-    from dlrscale.jobs import measure as body
     from dlrscale.train import LanguageModelling, Loop
 
+    body = importlib.import_module("dlrscale.jobs.measure")
     monkeypatch.chdir(place)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"),
                        ("MASTER_PORT", str(launcher.free_port()))):  # fmt: skip
         monkeypatch.setenv(key, value)
-    seen: dict[str, list] = {"start": [], "dressed": [], "bare": [], "counted": [], "end": []}
-    now = ["bare"]
+    seen: dict[str, list] = {"start": [], "dressed": [], "bare": [], "counted": []}
+    now, models = ["bare"], []
     forward, step, run = LanguageModelling._forward, Loop.step, body.Counts._step
 
     def looking(self, engine, micro):
@@ -204,8 +208,8 @@ def test_no_hook_is_there_in_timed_steps(place: Path, monkeypatch) -> None:
 
     def counting(self, context):
         now[0] = "counted"
+        models.append(self.engine.module)
         run(self, context)
-        seen["end"].append(state_of_hooks(self.engine.module))
 
     monkeypatch.setattr(LanguageModelling, "_forward", looking)
     monkeypatch.setattr(Loop, "step", stepping)
@@ -214,10 +218,11 @@ def test_no_hook_is_there_in_timed_steps(place: Path, monkeypatch) -> None:
     config = attack_configs(options | {"base": "base"}, None, "ckpt-layer", (), MeasureConfig)[0]
     assert jobs.run(config) == 0
     clean = seen["start"][0]
+    seen["end"] = [state_of_hooks(models[0])]
     assert clean["modes"] == 0
     assert not clean["saved"]
     assert len(seen["dressed"]) == len(seen["bare"]) == 4
-    assert all(state == clean for state in seen["dressed"][2:] + seen["bare"] + seen["end"])
+    assert [state for state in seen["dressed"][2:] + seen["bare"] + seen["end"] if state != clean] == []
     saved, flops, live = seen["counted"]  # and the test can see a hook
     assert saved["saved"]
     assert saved["modules"] > clean["modules"]

@@ -169,12 +169,12 @@ def test_least_times_by_hand():
 
 @pytest.mark.parametrize("depth", [0, 64])
 def test_a_7b_shape_under_fake_tensors(depth):
-    """The planned saved bytes of Llama-2-7B, to the byte, without allocating it: eager attention, two of 32 layers."""
+    """The planned saved bytes of Llama-2-7B, to the byte, without allocating it; of the locked one, 4 of 32 layers."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from dlrscale.measure import SavedBytes
 
-    config = presets.find("llama-2-7b") | {"num_hidden_layers": 2}
+    config = presets.find("llama-2-7b") | ({"num_hidden_layers": 4} if depth else {})
     config = locked_config(config, "gated", depth) if depth else config
     for checkpointing in ("none", "layer"):
         torch.set_default_dtype(torch.bfloat16)  # fake tensors cannot be cast in place
@@ -308,6 +308,10 @@ def test_models_by_name_file_and_folder(capsys, tmp_path, llama_folder):
     code, _, err = run(capsys, "--model", "llama-2-7")
     assert code == 2
     assert "llama-2-7b" in err
+    file.write_text(json.dumps({"model_type": "mixtral"}))
+    code, _, err = run(capsys, "--model", str(file))
+    assert code == 2
+    assert "'mixtral'" in err
     file.write_text("{")
     code, _, err = run(capsys, "--model", str(file))
     assert code == 2
@@ -323,6 +327,7 @@ def test_models_by_name_file_and_folder(capsys, tmp_path, llama_folder):
         (["--hardware", "h100"], "h100-80"),
         (["--offload-param", "--zero", "2"], "--offload-param needs --zero 3"),
         (["--set", "rank=4"], "has no such knob"),
+        (["--layers", "40"], "not there: [40]"),
     ],
 )
 def test_wrong_input_is_told(capsys, words, said):

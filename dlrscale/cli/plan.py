@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import click
@@ -56,7 +57,7 @@ def swept(*names: str, kind: Any, default: Any = None, **more: Any) -> Any:
     "--rank", type=click.IntRange(1), help="One rank for all blocks.  [default: as many parameters as the MLP]"
 )
 @click.option("--layers", help="Layers that are locked, such as 2-10,15.  [default: all]")
-@swept("--dtype", kind=click.Choice(["fp32", "bf16", "fp16"]), default="bf16")
+@swept("--dtype", kind=click.Choice(["fp32", "bf16", "fp16"]), help="[default: the DeepSpeed file's, or bf16]")
 @click.option("--attention", type=click.Choice(["sdpa", "eager"]), default="sdpa", show_default=True)
 @swept("--hardware", kind=str, default="h100-80", help="An entry of docs/hardware.md, or of your --hardware-file.")
 @click.option("--hardware-file", type=PATH, help="A file of your own devices, of the form of docs/hardware.md.")
@@ -76,109 +77,119 @@ def plan(**options: Any) -> None:
     """
     from dlrscale.planner import show
 
-    questions = list(ask(options))
-    if options["lock"]:
-        answers = [show.describe_lock(q, harden=options["harden"], heal=options["heal"]) for q in questions]
-    else:
-        answers = [show.describe(q, tokens=options["tokens"]) for q in questions]
+    answers, left_out = [], {}
+    for question in ask(options):
+        try:
+            if options["lock"]:
+                answers.append(show.describe_lock(question(), harden=options["harden"], heal=options["heal"]))
+            else:
+                answers.append(show.describe(question(), tokens=options["tokens"]))
+        except ConfigError as error:  # a lever, a knob or a form that one strategy cannot have leaves that one out
+            left_out[str(error)] = error
+    if not answers or (left_out and len(options["strategy"]) == 1 and options["strategy"] != ("all",)):
+        raise ConfigError([fault for error in left_out.values() for fault in error.faults])
+    for reason in left_out:
+        click.echo(f"left out: {reason}", err=True)
     click.echo(show.as_json(answers) if options["as_json"] else show.text(answers))
     if options["plot"]:
         show.draw(answers, options["plot"])
         click.echo(f"plot: {options['plot']}", err=True)
 
 
-def ask(options: dict[str, Any]) -> Iterator[Any]:
-    """Every combination of a command's options as a question.
+def ask(options: dict[str, Any]) -> Iterator[Callable[[], Any]]:
+    """Every combination of a command's options, each as what makes its question, or refuses to.
 
     Args:
         options: The command's options.
 
     Yields:
-        A question for each combination, the option named last varying fastest.
+        For each combination, the option named last varying fastest, a function that gives a `sides.Question`.
 
     Raises:
-        ConfigError: If the options contradict one another, or name something that there is not.
+        ConfigError: If the options name something that there is not.
     """
     from dlrscale import shapes
     from dlrscale.planner import hardware, sides
 
     config = sides.read_model(options["model"])
     shape = shapes.model_shape(config)
-    names = options["strategy"]
-    if names == ("all",):
-        names = tuple(catalogue.STRATEGIES)
+    names = tuple(catalogue.STRATEGIES) if options["strategy"] == ("all",) else options["strategy"]
     for name in names:
         catalogue.strategy(name)
+    faults = [
+        f"--seq-len {length}: {options['model']} takes at most {shape.max_length} tokens."
+        for length in options["seq_len"]
+        if shape.max_length and length > shape.max_length
+    ]
+    faults += [
+        f"--nodes {options['nodes']} and --num-ranks {ranks}: there are more hosts than devices. Take fewer."
+        for ranks in options["num_ranks"]
+        if ranks < options["nodes"]
+    ]
+    if faults:
+        raise ConfigError(faults)
+    devices = {name: hardware.find(name, options["hardware_file"]) for name in options["hardware"]}
     forms = options["form"] or ("gated" if shape.family.gated else "plain",)
-    depths, many = options["depth"], len(names) > 1
+    depths = options["depth"]
     if shape.ranks:  # a locked model says its own form and depth
         forms, depths = (shape.form,), (max(map(len, shape.ranks.values())),)
-    pairs = dict(knob.partition("=")[::2] for knob in options["knobs"])
-    axes = (names, options["zero"] or (None,), options["hardware"], options["dtype"], options["num_ranks"],
+    axes = (names, options["zero"] or (None,), devices.values(), options["dtype"] or (None,), options["num_ranks"],
             options["micro_batch"] or (None,), options["seq_len"], forms, depths)  # fmt: skip
     for name, zero, device, dtype, ranks, micro, length, form, depth in itertools.product(*axes):
-        entry = catalogue.strategy(name)
-        try:
-            levers, ds_config = decide(
-                catalogue.LOCK if options["lock"] else entry, options | {"zero": zero}, micro, ranks, dtype
-            )
-        except ConfigError:
-            if many:  # a lever given for all contradicts one strategy's idea
-                continue
-            raise
-        yield sides.Question(
-            config=config,
-            strategy=name,
-            levers=levers,
-            knobs=entry.resolve_knobs(pairs),
-            ds_config=ds_config,
-            dtype=dtype,
-            micro_batch=ds_config["train_micro_batch_size_per_gpu"],
-            seq_len=length,
-            num_ranks=ranks,
-            nodes=options["nodes"],
-            depth=depth,
-            form=form,
-            rank=options["rank"],
-            layers=options["layers"],
-            attention=options["attention"],
-            hardware=hardware.find(device, options["hardware_file"]),
-        )
+        about = {"num_ranks": ranks, "seq_len": length, "form": form, "depth": depth, "hardware": device}
+        about |= {key: options[key] for key in ("nodes", "rank", "layers", "attention")}
+        yield partial(decide, config, catalogue.strategy(name), options | {"zero": zero}, micro, dtype, about)
 
 
 def decide(
-    entry: catalogue.Strategy, options: dict[str, Any], micro: int | None, ranks: int, dtype: str
-) -> tuple[catalogue.Levers, dict[str, Any]]:
-    """The levers in force, and what DeepSpeed would get.
+    config: dict[str, Any],
+    entry: catalogue.Strategy,
+    options: dict[str, Any],
+    micro: int | None,
+    dtype: str | None,
+    about: dict[str, Any],
+) -> Any:
+    """A question with the levers in force, and what DeepSpeed would get.
 
     Args:
-        entry: The strategy, or the lock.
+        config: The content of the model's config.json.
+        entry: The strategy.
         options: The command's options, with one stage.
         micro: Sequences per rank and forward, if given.
-        ranks: The number of ranks.
-        dtype: The precision.
+        dtype: The precision, if given.
+        about: What else the question is about.
 
     Returns:
-        The levers and the merged configuration.
+        The `sides.Question`.
+
+    Raises:
+        ConfigError: If options contradict one another, the strategy, or the DeepSpeed file.
     """
     from dlrscale import engine
     from dlrscale.cli.run import choose_levers
     from dlrscale.config import RunConfig
+    from dlrscale.planner import sides
 
-    levers = choose_levers(entry, options)
-    place, accumulation = options["deepspeed_config"], options["accumulation"]
+    levers = choose_levers(catalogue.LOCK if options["lock"] else entry, options)
+    pairs = dict(knob.partition("=")[::2] for knob in options["knobs"])
+    place, accumulation, ranks = options["deepspeed_config"], options["accumulation"], about["num_ranks"]
     file = engine.read_file(place) if place else {}
     micro, accumulation = engine.resolve_batch(file, micro, accumulation, ranks)
-    if not place:  # without torch, which would say what this machine has: a plan is for another one
-        merged = engine.lever_config(levers.zero, levers.offload_optimizer, levers.offload_param)
-        return levers, merged | {
+    dtype = dtype or engine.file_dtype(file) or "bf16"
+    if place:
+        run = RunConfig(
+            model="", data="", out="", dtype=engine.resolve_dtype(file, dtype), deepspeed_config=place,
+            num_ranks=ranks, micro_batch=micro, accumulation=accumulation, zero=levers.zero,
+            offload_optimizer=levers.offload_optimizer, offload_param=levers.offload_param,
+        )  # fmt: skip
+        merged = engine.merge(run)
+    else:  # without torch, which would say what this machine has: a plan is for another one
+        merged = engine.lever_config(levers.zero, levers.offload_optimizer, levers.offload_param) | {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
             dtype: {"enabled": True},
         }
-    config = RunConfig(
-        model="", data="", out="", dtype=engine.resolve_dtype(file, dtype), deepspeed_config=place, num_ranks=ranks,
-        micro_batch=micro, accumulation=accumulation, zero=levers.zero, offload_optimizer=levers.offload_optimizer,
-        offload_param=levers.offload_param,
+    return sides.Question(
+        config=config, strategy=entry.name, levers=levers, knobs=entry.resolve_knobs(pairs), ds_config=merged,
+        dtype=dtype, micro_batch=micro, **about,
     )  # fmt: skip
-    return levers, engine.merge(config)

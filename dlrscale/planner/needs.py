@@ -20,7 +20,7 @@ LARGEST_MICRO_BATCH = 1 << 16
 class Needs:
     """The memory of one job.
 
-    Args:
+    Attributes:
         states: Model states and DeepSpeed's buffers on one rank.
         phases: Bytes on the device by phase and term, each phase at its highest moment.
         model_bytes: The weights that every rank loads into host memory before DeepSpeed parts them.

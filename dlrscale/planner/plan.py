@@ -24,7 +24,7 @@ from dlrscale.shapes.layout import parameters
 class Plan:
     """What one attack needs on the fullest device and host.
 
-    Args:
+    Attributes:
         model: The model and what of it is trained.
         ds_config: The merged DeepSpeed configuration.
         dtype: `fp32`, `bf16` or `fp16`.

@@ -281,9 +281,13 @@ def test_a_sweep_is_a_table_and_a_plot(capsys, tmp_path):
 
 def test_a_lever_that_one_strategy_forbids_leaves_it_out_of_a_sweep(capsys):
     words = ["--model", "llama-2-7b", "--no-offload-optimizer"]
-    _, out, _ = run(capsys, *words, "--strategy", "full,full-offload,ckpt-layer")
+    _, out, err = run(capsys, *words, "--strategy", "full,full-offload,ckpt-layer")
     assert "full-offload" not in out
     assert "ckpt-layer" in out
+    assert "left out: --no-offload-optimizer contradicts the strategy full-offload" in err
+    _, out, err = run(capsys, "--model", "llama-2-7b", "--strategy", "all", "--form", "prenorm", "--set", "rank=4")
+    assert out.split("\n")[1].startswith("lora ")
+    assert "flatten" in err
     code, _, err = run(capsys, *words, "--strategy", "full-offload")
     assert code == 2
     assert "contradicts" in err
@@ -299,12 +303,28 @@ def test_a_lock_is_planned_too(capsys):
     assert json.loads(out)["lock"]["peak_bytes"] < healed["peak_bytes"]
 
 
+def test_a_deepspeed_file_decides_what_it_decides(capsys, tmp_path):
+    file = tmp_path / "own.json"
+    section = {"stage": 3, "reduce_bucket_size": 1_000_000}
+    file.write_text(json.dumps({"fp16": {"enabled": True}, "zero_optimization": section, "train_batch_size": 16}))
+    words = ["--model", "llama-2-7b", "--num-ranks", "4", "--accumulation", "2", "--deepspeed_config", str(file)]
+    _, out, _ = run(capsys, *words, "--json")
+    answer = json.loads(out)
+    assert answer["asked"]["zero"] == 3
+    assert answer["asked"]["micro_batch"] == 2
+    assert answer["asked"]["dtype"] == "fp16"
+    assert answer["base"]["device_bytes"]["backward"]["buckets"] == 2_000_000
+    code, _, err = run(capsys, *words, "--dtype", "bf16")
+    assert code == 2
+    assert "differ" in err
+
+
 def test_models_by_name_file_and_folder(capsys, tmp_path, llama_folder):
     file = tmp_path / "shape.json"
     file.write_text(json.dumps(presets.find("llama-2-7b")))
     by_name, by_file = (run(capsys, "--model", str(m), "--json")[1] for m in ("llama-2-7b", file))
     assert json.loads(by_name) == json.loads(by_file)
-    assert run(capsys, "--model", str(llama_folder), "--num-ranks", "2", "--depth", "4")[0] == 0
+    assert run(capsys, "--model", str(llama_folder), "--seq-len", "64", "--depth", "4")[0] == 0
     code, _, err = run(capsys, "--model", "llama-2-7")
     assert code == 2
     assert "llama-2-7b" in err
@@ -328,6 +348,9 @@ def test_models_by_name_file_and_folder(capsys, tmp_path, llama_folder):
         (["--offload-param", "--zero", "2"], "--offload-param needs --zero 3"),
         (["--set", "rank=4"], "has no such knob"),
         (["--layers", "40"], "not there: [40]"),
+        (["--seq-len", "8192"], "at most 4096 tokens"),
+        (["--nodes", "3", "--num-ranks", "2,8"], "more hosts than devices"),
+        (["--zero", "0", "--offload-optimizer", "--strategy", "all"], "needs --zero 1, 2 or 3"),
     ],
 )
 def test_wrong_input_is_told(capsys, words, said):

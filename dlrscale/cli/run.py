@@ -15,6 +15,7 @@ from dlrscale import catalogue, launcher, record
 from dlrscale import config as configuration
 from dlrscale.config import LockConfig, RunConfig
 from dlrscale.errors import ConfigError, JobError, describe
+from dlrscale.launcher import imports
 from dlrscale.launcher.ranks import Ranks
 from dlrscale.record import Outcome
 
@@ -64,7 +65,8 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     Raises:
         ConfigError: If something is wrong or contradicts the DeepSpeed file.
     """
-    from dlrscale import data, engine, folders, shapes, tracking
+    with imports.many():
+        from dlrscale import data, engine, folders, shapes, tracking
 
     values = {k: v for k, v in options_.items() if k not in ("dry_run", "local_rank")}
     for key in ("data", "heldout", "heldout_base", "chat_template", "out", "deepspeed_config", "hostfile",
@@ -161,11 +163,12 @@ def inside_launch() -> bool:
 
 def run_rank(config: RunConfig, dry_run: bool) -> None:
     """Run a job as one rank of a direct `deepspeed launch/...`; rank 0 alone speaks. Ends the process."""
-    from dlrscale import jobs, tracking
-    from dlrscale.jobs import forecast
     from dlrscale.launcher.guard import Guard
 
     guard = Guard().start()
+    with imports.many():
+        from dlrscale import jobs, tracking
+        from dlrscale.jobs import forecast
     first = os.environ["RANK"] == "0"
     merged = jobs.preflight(config)
     plan = forecast.forecast(config, merged)
@@ -208,8 +211,9 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
         PlanError: If the plan says that the job cannot fit.
         JobError: If the job failed; its record was written all the same.
     """
-    from dlrscale import jobs
-    from dlrscale.jobs import forecast
+    with imports.many():
+        from dlrscale import jobs
+        from dlrscale.jobs import forecast
 
     merged = jobs.preflight(config)
     plan = forecast.forecast(config, merged)
@@ -308,7 +312,8 @@ def end_of_ranks(code: int, ranks: Ranks, out: Path) -> tuple[Outcome, str]:
     if code == launcher.EXIT_OOM or (name == "SIGABRT" and ranks.aborted_for_memory()):
         return Outcome.OOM, f"a rank got no more memory and aborted ({doing})"
     if name is not None:
-        return Outcome.FAILED, f"a rank was ended from outside by {name} ({doing})"
+        who = "DeepSpeed's launcher" if code < 0 else "a rank"
+        return Outcome.FAILED, f"{who} was ended from outside by {name} ({doing})"
     left = f"the ranks ended (launcher exit code {code}) and left no record; see {out}/ranks.log"
     return Outcome.FAILED, describe(RuntimeError(ranks.last_words()), out) or left
 

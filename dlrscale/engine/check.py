@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dlrscale.engine.devices import import_deepspeed
 from dlrscale.engine.optimizers import (
     AUTO,
     cpu_adam_faults,
@@ -225,6 +226,7 @@ def check(file: dict[str, Any]) -> list[str]:
 
 def models() -> dict[str, type[BaseModel]]:
     """DeepSpeed's models of the sections of its file, by the section's key."""
+    import_deepspeed()
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.monitor.config import DeepSpeedMonitorConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config

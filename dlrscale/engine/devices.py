@@ -6,6 +6,8 @@ import os
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from dlrscale.launcher import free_port, imports
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,6 +42,22 @@ def device_count() -> int:
     return max(1, torch.cuda.device_count())
 
 
+def import_deepspeed() -> None:
+    """Import DeepSpeed without what it takes along for parts of it that are not used here, half of its time.
+
+    Its autotuner imports MLflow where that is installed. Its ZeRO imports its Muon, which a file may not ask for here
+    (`optimizers.REFUSED_TYPES`), and which loads torch's compiler for three functions as soon as it is imported.
+    """
+    with imports.many(), imports.without("mlflow"):
+        import deepspeed.runtime.compiler as compiler
+
+        compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+        try:
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+        finally:
+            compiler.compile = compile_
+
+
 def start_distributed() -> tuple[int, int]:
     """Join the process group that the DeepSpeed launcher's environment describes.
 
@@ -50,11 +68,10 @@ def start_distributed() -> tuple[int, int]:
     for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(key, value)
     if "MASTER_PORT" not in os.environ:
-        from dlrscale.launcher import free_port
-
         os.environ["MASTER_PORT"] = str(free_port())
     import logging
 
+    import_deepspeed()
     import deepspeed
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""The file that the launch line names: `deepspeed ... dlrscale/jobs/__main__.py '<configuration as JSON>'`."""
+"""What each rank of a job runs: `deepspeed ... dlrscale/jobs/__main__.py '<configuration as JSON>'`."""
 
 import os
 import sys
@@ -9,12 +9,14 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from dlrscale import launcher
+from dlrscale.launcher import imports
 from dlrscale.launcher.guard import Guard
 
 if __name__ == "__main__":
     guard = Guard().start()  # before the slow imports
     os.environ.update(launcher.usable_home())
 
-    from dlrscale import config, jobs
+    with imports.many():
+        from dlrscale import config, jobs
 
     sys.exit(jobs.run(config.from_json(sys.argv[1]), jobs.make_tracker, guard))

@@ -1,12 +1,14 @@
-"""Build the `deepspeed` command of a job, run it in a session of its own, and see that it ended.
+"""Start DeepSpeed's launcher for a job, run it in a session of its own, and see that it ended.
 
-A job is proved by the record that its ranks wrote, not by the launcher's exit code: DeepSpeed's runner returns
-0 when the process that watches the ranks is killed.
+A job is proved by the record that its ranks wrote, not by the launcher's exit code: DeepSpeed's runner, which a
+hostfile needs, returns 0 when the process that watches the ranks is killed.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import shlex
 import signal
@@ -31,6 +33,7 @@ EXIT_DIVERGED = 12
 EXIT_CONFIG = 2
 EXIT_FAILED = 1
 GRACE_S = 35.0
+JOB = Path(__file__).resolve().parents[1] / "jobs" / "__main__.py"
 
 
 def free_port() -> int:
@@ -69,21 +72,53 @@ def hostfile_slots(path: str) -> int:
 
 
 def deepspeed() -> str:
-    """DeepSpeed's launcher: the one beside this interpreter, else the one on PATH."""
+    """DeepSpeed's program: the one beside this interpreter, else the one on PATH."""
     own = Path(sys.executable).with_name("deepspeed")
     return str(own) if own.exists() else "deepspeed"
 
 
 def command(config: RunConfig, port: int | None = None) -> list[str]:
-    """The launch line of a job: `deepspeed ... dlrscale/jobs/__main__.py '<configuration as JSON>'`."""
+    """The launch line of a job as one would type it: `deepspeed ... dlrscale/jobs/__main__.py '<configuration>'`.
+
+    Args:
+        config: The resolved configuration.
+        port: The port at which ranks on this host meet; any free one by default.
+
+    Returns:
+        The words of the line.
+    """
     line = [deepspeed(), "--no_local_rank"]
     if config.hostfile:
         line += ["--hostfile", config.hostfile]
     else:
         line += ["--num_gpus", str(config.num_ranks), "--master_addr", "127.0.0.1"]
         line += ["--master_port", str(port or free_port())]
-    script = Path(__file__).parent.parent / "jobs" / "__main__.py"
-    return [*line, str(script), configuration.to_json(config)]
+    return [*line, str(JOB), configuration.to_json(config)]
+
+
+def on_this_host(num_ranks: int, script: str | Path, *arguments: str) -> list[str]:
+    """What starts a script on some ranks of this host: the launcher to which `deepspeed` comes after seconds.
+
+    Args:
+        num_ranks: The ranks.
+        script: What each of them runs.
+        *arguments: Its arguments.
+
+    Returns:
+        The words of the line.
+    """
+    hosts = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(num_ranks))}).encode()).decode()
+    return [
+        sys.executable, "-u", str(Path(__file__).with_name("node.py")), f"--world_info={hosts}",
+        "--master_addr=127.0.0.1", f"--master_port={free_port()}", "--no_local_rank", str(script), *arguments,
+    ]  # fmt: skip
+
+
+def start_line(config: RunConfig) -> list[str]:
+    """What this process starts for a job: DeepSpeed's runner where there is a hostfile, else its launcher itself."""
+    if config.hostfile:
+        return command(config)
+    return on_this_host(config.num_ranks, JOB, configuration.to_json(config))
 
 
 def show(line: list[str]) -> str:
@@ -185,7 +220,7 @@ def run(config: RunConfig, watch: Callable[[], None] = lambda: None) -> int:
 
 
 def _run_once(config: RunConfig, log_file: Path, watch: Callable[[], None]) -> int:
-    line = command(config)
+    line = start_line(config)
     env = environment(config.num_ranks) | ({} if config.hostfile else command_variable())
     with _interrupted_by_signals(), open(log_file, "ab") as log:
         try:

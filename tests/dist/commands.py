@@ -18,7 +18,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "ru
 LOCK = ["--depth", "4", "--num-ranks", "2", "--seq-len", "32", "--micro-batch", "2", "--steps", "40",
         "--heal-steps", "12", "--checkpoint-every", "4", "--heldout-limit", "4", "--zero", "2"]  # fmt: skip
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-TARGETS = ("command", "runner", "launcher", "rank", "all")
+TARGETS = ("command", "launcher", "rank", "all")
 GONE_S = 60.0
 
 
@@ -50,11 +50,7 @@ def family(command: subprocess.Popen) -> dict[str, list[psutil.Process]]:
         except psutil.Error:
             continue
         if any(word.endswith("jobs/__main__.py") for word in words):
-            part = "rank"
-            if any("deepspeed.launcher.launch" in word for word in words):
-                part = "launcher"
-            elif any(word.endswith("bin/deepspeed") for word in words):
-                part = "runner"
+            part = "launcher" if any(word.endswith("launcher/node.py") for word in words) else "rank"
             found.setdefault(part, []).append(process)
     found["all"] = [process for processes in found.values() for process in processes]
     return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,11 +52,8 @@ def start_ranks(tmp_path_factory) -> Callable[[int, list[dict]], list[dict]]:
     def start(num_ranks: int, cases: list[dict]) -> list[dict]:
         folder = tmp_path_factory.mktemp("ranks")
         (folder / "cases.json").write_text(json.dumps(cases))
-        line = [
-            str(Path(sys.executable).with_name("deepspeed")), "--no_local_rank", "--num_gpus", str(num_ranks),
-            "--master_addr", "127.0.0.1", "--master_port", str(launcher.free_port()),
-            str(Path(__file__).with_name("ranks.py")), str(folder / "results.json"), str(folder / "cases.json"),
-        ]  # fmt: skip
+        files = str(folder / "results.json"), str(folder / "cases.json")
+        line = launcher.on_this_host(num_ranks, Path(__file__).with_name("ranks.py"), *files)
         env = launcher.environment(num_ranks) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -3,8 +3,7 @@
     python tests/dist/kills.py --kills 20 --seed 0
 
 Locks a tiny model once in peace. Then it starts the same lock in another folder and sends SIGKILL, SIGTERM or SIGINT
-to the command, DeepSpeed's runner, its launcher, a rank, or all of them, at a random moment; every process must be
-gone within 60 s and nothing half-written be there. The same command is started again until it has been hit as often
+to the command, DeepSpeed's launcher, a rank, or all of them, at a random moment; every process must be gone within 60 s and nothing half-written be there. The same command is started again until it has been hit as often
 as asked for, and then runs to its end: its step rows and weights must be those of the peaceful run.
 """
 

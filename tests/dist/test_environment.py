@@ -237,7 +237,7 @@ def test_a_port_that_was_taken_is_chosen_once_more(tmp_path: Path, monkeypatch) 
     count = tmp_path / "count"
     for words, starts, code in ((str(error.value), 2, 0), ("some other fault", 1, 1)):
         script = f"echo x >> {count}; [ $(wc -l < {count}) = 2 ] && exit 0; echo {shlex.quote(words)} >&2; exit 1"
-        monkeypatch.setattr(launcher, "command", lambda config, script=script: ["bash", "-c", script])
+        monkeypatch.setattr(launcher, "start_line", lambda config, script=script: ["bash", "-c", script])
         config = LockConfig(model="/m", data="/d", out=str(tmp_path / f"out{starts}"))
         assert launcher.run(config) == code
         assert len(count.read_text().splitlines()) == starts

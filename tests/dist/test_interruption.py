@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import uuid
 from pathlib import Path
 
@@ -43,7 +42,7 @@ LINE = ["lock", "--model", "base", "--data", "text.txt", *LOCK]
 HITS = [
     ("command", signal.SIGKILL, 4, "the dlrscale command that started this rank has gone", -9),
     ("rank", signal.SIGKILL, 13, "a rank was ended from outside by SIGKILL", 4),
-    ("runner", signal.SIGKILL, 22, "a rank was ended from outside by SIGKILL", 4),
+    ("launcher", signal.SIGKILL, 22, "DeepSpeed's launcher was ended from outside by SIGKILL", 4),
     ("command", signal.SIGINT, 30, "interrupted by SIGINT", 130),
 ]
 
@@ -74,7 +73,7 @@ def hits(place: Path) -> list[dict]:
         gone = all_gone(processes, 30.0)
         check_nothing_is_half_written(folder)
         status = {run.info.status for run in runs_of(place) if run.data.tags["dlrscale.resume_id"] == resume_id(folder)}
-        found.append({"mlflow": status, "gone": gone and len(processes) == 5, "code": code, "record": last(folder), "rows": rows(folder)})
+        found.append({"mlflow": status, "gone": gone and len(processes) == 4, "code": code, "record": last(folder), "rows": rows(folder)})
         if number is signal.SIGKILL and target == "rank":
             shutil.copytree(folder, place / "hit-one-rank")
     return found
@@ -134,11 +133,7 @@ def test_memory_that_runs_out_is_an_outcome(limited: str, place: Path, text: Pat
     out = f"oom-{limited}"
     options = OPTIONS | {"model": "base", "data": str(text), "micro_batch": 3500, "num_ranks": 2, "out": out}
     config = attack_configs(options, None, "full", ())[0]
-    line = [
-        str(Path(sys.executable).with_name("deepspeed")), "--no_local_rank", "--num_gpus", "2", "--master_addr",
-        "127.0.0.1", "--master_port", str(launcher.free_port()), str(Path(__file__).with_name("limited.py")),
-        to_json(config), limited, "1500",
-    ]  # fmt: skip
+    line = launcher.on_this_host(2, Path(__file__).with_name("limited.py"), to_json(config), limited, "1500")
     env = launcher.environment(2) | environment() | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == launcher.EXIT_OOM, done.stdout[-2000:] + done.stderr[-2000:]

@@ -24,7 +24,7 @@ def job(tmp_path, monkeypatch):
     pids = tmp_path / "pids"
 
     def make(script, count=0):
-        monkeypatch.setattr(launcher, "command", lambda config: ["bash", "-c", script.replace("PIDS", str(pids))])
+        monkeypatch.setattr(launcher, "start_line", lambda config: ["bash", "-c", script.replace("PIDS", str(pids))])
         monkeypatch.setattr(launcher, "environment", lambda ranks: dict(os.environ))
         config = LockConfig(**(PLACES | {"out": str(tmp_path / "out")}))
 
@@ -131,7 +131,7 @@ def test_a_leader_that_ignores_sigterm_is_killed(job, monkeypatch):
 
 
 def test_a_rank_that_ignores_sigterm_is_killed_though_the_leader_has_gone(job, monkeypatch):
-    """The leader ends at once, as DeepSpeed's runner does; a rank that hangs in native code stays."""
+    """The leader ends at once; a rank that hangs in native code stays."""
     monkeypatch.setattr(launcher, "GRACE_S", 0.5)
     config, found = job("(trap '' TERM; echo $BASHPID >> PIDS; while :; do sleep 0.1; done) & wait")
     with pytest.raises(KeyboardInterrupt):
@@ -141,7 +141,7 @@ def test_a_rank_that_ignores_sigterm_is_killed_though_the_leader_has_gone(job, m
 
 def test_a_launcher_that_is_not_there(job, monkeypatch):
     config, _ = job("")
-    monkeypatch.setattr(launcher, "command", lambda config: ["/nowhere/deepspeed"])
+    monkeypatch.setattr(launcher, "start_line", lambda config: ["/nowhere/deepspeed"])
     with pytest.raises(JobError, match="The launcher did not start"):
         launcher.run(config)
 
@@ -165,12 +165,12 @@ def guarded(tmp_path):
     script, words = tmp_path / "rank.py", tmp_path / "words"
     script.write_text(GUARDED)
 
-    def start(**environment):
+    def start(*front, **environment):
         line = f"{sys.executable} {script} {words}; true"  # `true`: the shell must stay
         root = str(Path(launcher.__file__).parents[2])
         pid_file = tmp_path / "words.pid"
         pid_file.unlink(missing_ok=True)
-        launched = subprocess.Popen(["sh", "-c", line], env=os.environ | {"PYTHONPATH": root} | environment)
+        launched = subprocess.Popen([*front, "sh", "-c", line], env=os.environ | {"PYTHONPATH": root} | environment)
         end = time.monotonic() + 20
         while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < end:
             time.sleep(0.02)
@@ -185,6 +185,17 @@ def test_a_rank_ends_with_its_launcher(guarded):
     launched.wait()
     assert gone([pid])
     assert words.read_text() == "the launcher that started this rank has gone"
+
+
+def test_a_rank_ends_with_the_runner_of_its_launcher(guarded, tmp_path):
+    """A direct launch has one; killed alone, it leaves the launcher behind."""
+    program = tmp_path / "deepspeed"
+    program.write_text("import subprocess, sys; subprocess.run(sys.argv[1:])")
+    runner, pid, words = guarded(sys.executable, str(program))
+    runner.kill()
+    runner.wait()
+    assert gone([pid])
+    assert words.read_text() == "the deepspeed runner that started this rank has gone"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -233,7 +244,7 @@ def test_the_signal_in_an_exit_code(code, name):
 
 
 def test_the_leader_alone_is_killed(job):
-    """DeepSpeed's runner may be killed: what it has started stays in its group and is ended."""
+    """DeepSpeed's launcher may be killed: what it has started stays in its group and is ended."""
     config, found = job(CHILDREN)
 
     def kill_leader():

@@ -1,9 +1,13 @@
 """The launch line, and that a job's processes end with it. No DeepSpeed is started here."""
 
+import base64
+import contextlib
+import gc
 import json
 import os
 import socket
 import subprocess
+import sys
 
 import pytest
 
@@ -11,6 +15,7 @@ from dlrscale import config as configuration
 from dlrscale import launcher
 from dlrscale.config import AttackConfig, LockConfig
 from dlrscale.errors import ConfigError
+from dlrscale.launcher import imports
 
 HOSTILE = 'o u\'t "x" $HOME;{"a":1} `id` \\ * ä\u2028 !'
 PLACES = {"model": "/m", "data": "/d", "out": "/o"}
@@ -41,6 +46,45 @@ def test_the_launch_line_names_ranks_and_port():
     assert "--no_local_rank" in line
     free = launcher.command(LockConfig(**PLACES))
     assert 1024 <= int(free[free.index("--master_port") + 1]) < 65536
+
+
+def test_without_a_hostfile_deepspeed_s_launcher_is_started_itself():
+    config = hostile()
+    line = launcher.start_line(config)
+    assert line[:2] == [sys.executable, "-u"]
+    assert os.path.isfile(line[2])
+    assert configuration.from_json(line[-1]) == config
+    assert line[-2] == launcher.command(config)[-2]
+    options = dict(word.removeprefix("--").split("=", 1) for word in line[3:-3])
+    assert json.loads(base64.urlsafe_b64decode(options.pop("world_info"))) == {"localhost": [0]}
+    assert 1024 <= int(options.pop("master_port")) < 65536
+    assert options == {"master_addr": "127.0.0.1"}
+    assert line[-3] == "--no_local_rank"
+    hosts = LockConfig(**PLACES, hostfile="/hosts of mine")
+    assert launcher.start_line(hosts) == launcher.command(hosts)
+
+
+def test_many_imports_leave_the_collector_as_it_was():
+    for collecting in (True, False):
+        (gc.enable if collecting else gc.disable)()
+        with contextlib.suppress(ImportError), imports.many():
+            assert not gc.isenabled()
+            import nowhere_to_be_found  # noqa: F401
+        found = gc.isenabled()
+        gc.enable()
+        assert found == collecting
+
+
+def test_a_package_is_hidden_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "hidden_once.py").write_text("")
+    with imports.without("hidden_once"), pytest.raises(ImportError):
+        import hidden_once
+    import hidden_once  # noqa: F811
+
+    with imports.without("hidden_once"):
+        import hidden_once as again
+    assert again is hidden_once
 
 
 def test_a_hostfile_goes_to_the_launcher():

@@ -28,7 +28,7 @@ WITHOUT_TORCH = (
     "launcher",
 )
 DOORS = {
-    "deepspeed": ("engine",),
+    "deepspeed": ("engine", "launcher/node"),
     "mlflow": ("tracking",),
     "click": ("cli",),
     "peft": ("attacks/lora",),

@@ -98,6 +98,8 @@ def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None) -> 
     peaks = {k: max(rank[k] for rank in ranks) for k in ("accelerator_peak_bytes", "live_peak_bytes") if ranks[0][k]}
     plan = forecast.forecast(run_.config, run_.ds_config)
     run_.plan |= forecast.measured(plan, seen if "saved_bytes" in seen else {}, held, peaks)
+    errors = {f"plan/error_percent_{k.removesuffix('_bytes')}": v for k, v in run_.plan["error_percent"].items()}
+    run_.metrics |= {"plan/peak_bytes": plan.needs.peak_bytes} | {k: v for k, v in errors.items() if v is not None}
 
 
 def build(config: AttackConfig, folder: Path) -> tuple[nn.Module, shapes.ModelShape]:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_layout import FORMS, VARIANTS, build, locked_config
+from test_layout import VARIANTS, build, locked_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlrscale import attacks, catalogue, shapes
@@ -77,9 +77,11 @@ def test_saved_bytes_of_every_family(make_model, family, changes, attention):
             assert sum(planned.by_part().values()) == planned.held_bytes == planned.peak_bytes
 
 
-@pytest.mark.parametrize(("form", "depth", "family"), FORMS)
-def test_saved_bytes_of_locked_models(make_model, form, depth, family):
-    config = locked_config(make_model(family).config.to_dict(), form, depth)
+@pytest.mark.parametrize("form", list(shapes.FORMS))
+@pytest.mark.parametrize("family", list(shapes.FAMILIES))
+def test_saved_bytes_of_locked_models(make_model, family, form):
+    """Every form in every family, with three blocks of unequal ranks."""
+    config = locked_config(make_model(family).config.to_dict(), form, 3)
     for attention, dtype, batch, trainable, checkpointing in cases((2,), ("eager",)):
         planned = plan(config, batch, attention, dtype, trainable, checkpointing)
         model = prepare(config, attention, dtype, trainable, checkpointing)

@@ -47,7 +47,9 @@ def swept(*names: str, kind: Any, default: Any = None, **more: Any) -> Any:
 @click.option("--activation-checkpointing", type=click.Choice(["none", "layer"]), help="[default: the strategy's]")
 @click.option("--deepspeed_config", type=PATH, help="A DeepSpeed file of your own, or one of ds_configs/.")
 @swept("--num-ranks", kind=click.IntRange(1), default=1, help="Devices.")
-@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Hosts that they are spread over.")
+@click.option(
+    "--nodes", type=click.IntRange(1), help="Hosts that they are spread over.  [default: as few as hold them]"
+)
 @swept("--micro-batch", kind=click.IntRange(1), help="Sequences per device and forward.  [default: 4]")
 @click.option("--accumulation", type=click.IntRange(1), help="Micro-batches per optimizer step.  [default: 1]")
 @swept("--seq-len", kind=click.IntRange(2), default=512, help="Tokens per sequence.")
@@ -121,23 +123,23 @@ def ask(options: dict[str, Any]) -> Iterator[Callable[[], Any]]:
         for length in options["seq_len"]
         if shape.max_length and length > shape.max_length
     ]
-    faults += [
-        f"--nodes {options['nodes']} and --num-ranks {ranks}: there are more hosts than devices. Take fewer."
-        for ranks in options["num_ranks"]
-        if ranks < options["nodes"]
-    ]
+    devices = [hardware.find(name, options["hardware_file"]) for name in options["hardware"]]
+    for ranks, device in itertools.product(options["num_ranks"], devices):
+        nodes, held = options["nodes"] or -(-ranks // device.devices_per_node), device.devices_per_node
+        if not nodes <= ranks <= nodes * held:
+            faults.append(f"--nodes {nodes} and --num-ranks {ranks}: a host of {device.name} has 1 to {held} devices.")
     if faults:
         raise ConfigError(faults)
-    devices = {name: hardware.find(name, options["hardware_file"]) for name in options["hardware"]}
     forms = options["form"] or ("gated" if shape.family.gated else "plain",)
     depths = options["depth"]
     if shape.ranks:  # a locked model says its own form and depth
         forms, depths = (shape.form,), (max(map(len, shape.ranks.values())),)
-    axes = (names, options["zero"] or (None,), devices.values(), options["dtype"] or (None,), options["num_ranks"],
+    axes = (names, options["zero"] or (None,), devices, options["dtype"] or (None,), options["num_ranks"],
             options["micro_batch"] or (None,), options["seq_len"], forms, depths)  # fmt: skip
     for name, zero, device, dtype, ranks, micro, length, form, depth in itertools.product(*axes):
         about = {"num_ranks": ranks, "seq_len": length, "form": form, "depth": depth, "hardware": device}
-        about |= {key: options[key] for key in ("nodes", "rank", "layers", "attention")}
+        about |= {key: options[key] for key in ("rank", "layers", "attention")}
+        about["nodes"] = options["nodes"] or -(-ranks // device.devices_per_node)
         yield partial(decide, config, catalogue.strategy(name), options | {"zero": zero}, micro, dtype, about)
 
 

@@ -256,6 +256,8 @@ def test_json_holds_every_term(capsys):
         assert side["fits"] is (not side["lacking"])
         assert side["to_target"]["device_hours"] > 0
     assert answer["asked"]["depth"] == 32
+    _, out, _ = run(capsys, "--model", "llama-2-7b", "--num-ranks", "17", "--json")
+    assert json.loads(out)["asked"]["nodes"] == 3
     assert "auto" not in json.dumps(answer["deepspeed_config"])
 
 
@@ -349,7 +351,8 @@ def test_models_by_name_file_and_folder(capsys, tmp_path, llama_folder):
         (["--set", "rank=4"], "has no such knob"),
         (["--layers", "40"], "not there: [40]"),
         (["--seq-len", "8192"], "at most 4096 tokens"),
-        (["--nodes", "3", "--num-ranks", "2,8"], "more hosts than devices"),
+        (["--nodes", "3", "--num-ranks", "2,8"], "has 1 to 8 devices"),
+        (["--nodes", "1", "--num-ranks", "16"], "has 1 to 8 devices"),
         (["--zero", "0", "--offload-optimizer", "--strategy", "all"], "needs --zero 1, 2 or 3"),
     ],
 )

@@ -94,8 +94,8 @@ def side_by_side(base: dict[str, float], locked: dict[str, float]) -> str:
     """
     beside = {k.replace("_base/", "/"): v for k, v in locked.items() if k.startswith("inference_base/")}
     base = base | beside
-    names = [name for name in locked if name in base and name.split("/")[0] not in ("loss", "optim", "data")]
-    names = [name for name in names if base[name] or locked[name]]
+    names = [name for name in locked if name in base and not name.startswith(("loss/", "optim/", "data/", "measure/"))]
+    names = [name for name in names if "_iqr_" not in name and (base[name] or locked[name])]
     width = max(map(len, names))
     lines = [f"{'locked / base':<{width}}  {'base':>14}  {'locked':>14}  {'ratio':>8}"]
     for name in sorted(names):

@@ -1,10 +1,12 @@
 """FLOPs and live bytes against hand counts; inference in turns."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from dlrscale.data import Batches, token_data
 from dlrscale.measure import Flops, LiveBytes, flops, speeds
 from dlrscale.measure.inference import spread, weight_bytes
 
@@ -156,3 +158,15 @@ def test_spread_and_weight_bytes(make_llama):
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
     model = make_llama()
     assert weight_bytes(model) == 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_tokens_of_padded_records(monkeypatch):
+    """C09: records of 10 and 90 tokens by turns, micro-batches of 2, 4 of them, 2 ranks: 800 real, 1,440 processed."""
+    ids = [np.arange(90 if i % 2 else 10) for i in range(16)]
+    train = token_data(ids, ids, packed=False, counts={})
+    monkeypatch.setattr(Batches, "items", lambda self, k: np.arange(16).reshape(4, 2, 2))
+    for rank in (0, 1):
+        plan = Batches(train, seed=0, micro_batch=2, accumulation=4, rank=rank, world_size=2, pad_id=0)
+        step = plan.step(0)
+        assert (step.tokens, step.processed_tokens, step.label_tokens) == (800, 1440, 800 - 16)
+        assert sum(micro["input_ids"].numel() for micro in step.micro_batches) == 720

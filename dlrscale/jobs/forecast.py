@@ -176,7 +176,7 @@ def measured(
     Args:
         plan: The attack's plan.
         counted: `batch`, `length`, `labels`, `masked` and `saved_bytes` of the counted micro-batch; `saved_peak_bytes`
-            where it was taken.
+            and `flops` where they were taken.
         held: What the engine held before its first update (`engine.held`).
         peaks: The most bytes on a device, by who counted them: `accelerator_peak_bytes`, `live_peak_bytes`.
 
@@ -196,6 +196,8 @@ def measured(
         pairs["saved_bytes"] = (kept.held_bytes, counted["saved_bytes"])
         if "saved_peak_bytes" in counted:
             pairs["saved_peak_bytes"] = (kept.peak_bytes, counted["saved_peak_bytes"])
+        planned = kept.flops()
+        pairs |= {f"flops_{name}": (planned[name], seen) for name, seen in counted.get("flops", {}).items()}
     for name in STATES if held else ():
         term = plan.states[name]
         pairs[f"{name}_bytes"] = (term.device + term.host, sum(held[name].values()))

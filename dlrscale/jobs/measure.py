@@ -208,6 +208,8 @@ class Counts:
             "flops/backward": flops.backward,
             "flops/recompute": flops.recompute,
         }
+        if len(self.batch.micro_batches) == 1:  # then they are the micro-batch's whose saved bytes were counted
+            self.objective.seen["flops"] = {name.partition("/")[2]: value for name, value in found.items()}
         mfu = flops.mfu(step_s, self.engine.device)
         return found if mfu is None else found | {"mfu": mfu}
 

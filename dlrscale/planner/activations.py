@@ -103,11 +103,12 @@ class Activations:
         return dict(found)
 
     def flops(self) -> dict[str, int]:
-        """FLOPs of forward, of backward, and of what is run again in backward."""
+        """FLOPs of forward, of backward, of what is run again in backward, and inside fused kernels."""
         tapes = [*self._ends, *(layer.tape for layer in self.layers)]
         again = sum(layer.tape.recomputed_flops for layer in self.layers) if self.run.checkpointing == "layer" else 0
         return {
             "forward": sum(tape.forward_flops.total() for tape in tapes),
             "backward": sum(tape.backward_flops.total() for tape in tapes),
             "recompute": again,
+            "in_kernels": sum(tape.kernel_flops for tape in tapes),
         }

@@ -315,8 +315,8 @@ def eager_attention(tape: Tape, run: Pass, q: Tensor, k: Tensor, v: Tensor) -> T
 def fused_attention(tape: Tape, run: Pass, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """scaled_dot_product_attention as a flash kernel: q, k, v, the output, and fp32 log-sum-exp per head and token.
 
-    Its backward computes the scores again, so that it does 5 products for forward's 2. With padding (and in Falcon
-    always) it gets a mask, which each layer turns to numbers and keeps, and repeated keys and values.
+    Its backward computes the scores once more inside itself, beside 4 products for forward's 2. With padding (and in
+    Falcon always) it gets a mask, which each layer turns to numbers and keeps, and repeated keys and values.
     """
     parts, masked = run.parts, run.masked or run.shape.family.model_type == "falcon"
     if masked:
@@ -329,6 +329,8 @@ def fused_attention(tape: Tape, run: Pass, q: Tensor, k: Tensor, v: Tensor) -> T
             tape.save(tape.new(run.batch * run.length**2, False))
     products = 2 * run.batch * parts.heads * run.length**2 * parts.head_dim
     tape.forward_flops[tape.part] += 2 * products
-    tape.backward_flops[tape.part] += 5 * products if out.grad else 0
+    if out.grad:
+        tape.backward_flops[tape.part] += 4 * products
+        tape.kernel_flops += products
     # The kernel lays its output out as q is; where heads lie before tokens, joining them copies.
     return tape.scale(out) if q.compact else out

@@ -43,7 +43,8 @@ class Tape:
     """Records one forward pass of a part of a model.
 
     `saved` is bytes by storage with the part that saved it first. `recomputed_flops` are forward's up to the last thing
-    that is saved: torch's checkpointing stops there when it runs a part again. `device` is `cuda` or `cpu`, where they
+    that is saved: torch's checkpointing stops there when it runs a part again. `kernel_flops` are what fused kernels
+    compute again inside themselves in backward. `device` is `cuda` or `cpu`, where they
     differ. `zero3`: DeepSpeed's own function stands in the place of torch's linear map (zero/linear.py,
     `LinearFunctionForZeroStage3`); it keeps its input, when it has run, also where the weight is frozen.
     """
@@ -59,6 +60,7 @@ class Tape:
     recomputed_flops: int = 0
     forward_flops: Counter[str] = field(default_factory=Counter)
     backward_flops: Counter[str] = field(default_factory=Counter)
+    kernel_flops: int = 0
     _storages: dict[int, int] = field(default_factory=dict)
 
     @property

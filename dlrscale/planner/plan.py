@@ -97,9 +97,11 @@ class Plan:
 
         Saved tensors go layer by layer while gradients come, in proportion to the trained parameters gone through,
         where they are not held for good; at the loss there are none yet, and nothing is done with them (`backward`).
+        Stage 0 sums them when all are there, in a flat copy (`buckets`).
         """
         kept, always = self.activations, states_in(self.states, BACKWARD)
-        whole = always.pop("gradients")
+        whole, summing = always.pop("gradients"), {"buckets": always["buckets"]}
+        always |= {} if self.stage else {"buckets": 0}
         growing = self.states["gradients"].during != ALWAYS
 
         def moment(done: int, saved: int, beside: str, size: int) -> dict[str, int]:
@@ -114,7 +116,7 @@ class Plan:
             inside = workspace.layer_bytes(kept, layer)
             moments.append(moment(done, kept.alive_bytes(layer), "inside a layer", inside))
             done += per_layer[layer]
-        moments.append(moment(self.model.trained, 0, "inside a layer", 0))
+        moments.append(moment(self.model.trained, 0, "inside a layer", 0) | summing)
         return max(moments, key=lambda terms: sum(terms.values()))
 
     def _trained(self, part: str) -> int:

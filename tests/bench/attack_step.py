@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import LiveBytes, Sizes, reset_rss_peak, rss_peak
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from common import LiveBytes, Sizes, reset_rss_peak, rss_peak
 from dlrscale import data, engine
 from dlrscale.config import AttackConfig
 from dlrscale.measure import Phases

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import numpy as np  # noqa: E402
-
 from common import QUICK_SIZES, Sizes  # noqa: E402
+
 from dlrscale import engine, launcher, record  # noqa: E402
 
 PARTS = ("attack", "lock", "growth", "commands")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import Sizes, in_turns
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common import Sizes, in_turns
 from dlrscale import (
     catalogue,
     models,  # noqa: F401  registers the locked classes

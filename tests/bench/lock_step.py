@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
 from common import Sizes, in_turns
+
 from dlrscale import data, engine, shapes, surgery
 from dlrscale.config import LockConfig
 from dlrscale.data import StepBatch

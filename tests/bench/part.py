@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from common import Sizes
+
 from dlrscale import engine
 
 

@@ -150,16 +150,20 @@ def time_both(sizes: Sizes, rank: int, ranks: int, *, pairs: int, block: int) ->
 
 
 class Peak(TrainerCallback):
-    """Starts the process's high-water mark anew once the warm-up is over."""
+    """Starts the high-water marks anew once the warm-up is over."""
+
+    def __init__(self, counter: LiveBytes):
+        self.counter = counter
 
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """The states are there after the warm-up."""
         if state.global_step == WARMUP:
             reset_rss_peak()
+            self.counter.peak = self.counter.now
 
 
 def peak(sizes: Sizes, rank: int, ranks: int, *, side: str, live: bool, steps: int) -> dict[str, Any]:
-    """Peak of one side alone in its process: resident memory in the steps, or live bytes of tensors since the start.
+    """Peak of one side alone in its process over steps after the warm-up: resident memory, or live bytes of tensors.
 
     Live bytes are counted in a run of their own, since counting holds Python objects.
     """
@@ -172,10 +176,11 @@ def peak(sizes: Sizes, rank: int, ranks: int, *, side: str, live: bool, steps: i
             ours.steps(WARMUP)
             ours.phases.phases.clear()
             reset_rss_peak()
+            counter.peak = counter.now
             ours.steps(steps)
             phases = [p["host_peak_rss_bytes"] for p in ours.phases.phases.values()]
             found = max(rss_peak(), *phases)  # each phase starts the mark anew
         else:
-            make_trainer(sizes, config, ds_config, batches, Path(out) / "trainer", Peak()).train()
+            make_trainer(sizes, config, ds_config, batches, Path(out) / "trainer", Peak(counter)).train()
             found = rss_peak()
     return {"bytes": counter.peak if live else found}

@@ -83,7 +83,7 @@ def attack(sizes: Sizes, ranks: int, quick: bool) -> list[dict[str, Any]]:
     seconds = both["seconds"]
     found = ratios(seconds["ours"], seconds["trainer"])
     rows = [row("attack step / Trainer step: time", found, "<= 1.00", found["median"] <= 1, seconds=seconds,
-                weights_apart=both["weights_apart"])]  # fmt: skip
+                weights_moved=both["weights_moved"], weights_apart=both["weights_apart"])]  # fmt: skip
     for live, name, times in ((False, "peak resident memory", 1 if quick else 5), (True, "peak live tensor bytes", 1)):
         peaks: dict[str, list[float]] = {"ours": [], "trainer": []}
         for _ in range(times):

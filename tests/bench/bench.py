@@ -79,12 +79,12 @@ def row(what: str, found: dict[str, float], goal: str, met: bool, unit: str = ""
 
 def attack(sizes: Sizes, ranks: int, quick: bool) -> list[dict[str, Any]]:
     """Our attack step over the Trainer's: time, resident memory, live bytes."""
-    both = run_part("attack_step.time_both", sizes, ranks, pairs=3 if quick else 30, block=2)
+    both = run_part("attack_step.time_both", sizes, ranks, pairs=3 if quick else 24, block=2)
     seconds = both["seconds"]
     found = ratios(seconds["ours"], seconds["trainer"])
     rows = [row("attack step / Trainer step: time", found, "<= 1.00", found["median"] <= 1, seconds=seconds,
                 weights_moved=both["weights_moved"], weights_apart=both["weights_apart"])]  # fmt: skip
-    for live, name, times in ((False, "peak resident memory", 1 if quick else 5), (True, "peak live tensor bytes", 1)):
+    for live, name, times in ((False, "peak resident memory", 1 if quick else 3), (True, "peak live tensor bytes", 1)):
         peaks: dict[str, list[float]] = {"ours": [], "trainer": []}
         for _ in range(times):
             for side, values in peaks.items():
@@ -113,7 +113,7 @@ def lock(sizes: Sizes, ranks: int, quick: bool) -> list[dict[str, Any]]:
 
 def growth(sizes: Sizes, ranks: int, quick: bool) -> list[dict[str, Any]]:
     """Lines through seconds and saved bytes over layers, depth and tokens."""
-    found = run_part("growth.measure", sizes, 1, depth=4 if quick else 16, rounds=2 if quick else 9, quick=quick)
+    found = run_part("growth.measure", sizes, 1, depth=4 if quick else 16, rounds=2 if quick else 5, quick=quick)
     rows = []
     for name, sweep in found.items():
         slope, straight = sweep["bytes_line"]["slope"] / sweep["derived_slope"], sweep["seconds_line"]["r2"]
@@ -202,7 +202,7 @@ def main() -> None:
         parser.error(f"--only takes {', '.join(PARTS)}, and --ranks a number of at least 1")
     os.environ.setdefault("DS_ACCELERATOR", engine.device_type())
     sizes = Sizes(**QUICK_SIZES) if options.quick else Sizes()
-    started, start = record.now(), time.perf_counter()
+    started, start, git = record.now(), time.perf_counter(), record.git_state()
     rows = []
     for part in chosen:
         print(f"{part} ...", file=sys.stderr, flush=True)
@@ -216,7 +216,7 @@ def main() -> None:
         "ranks": options.ranks,
         "sizes": asdict(sizes),
         "versions": record.versions(),
-        "git": record.git_state(),
+        "git": git,
     }
     out = options.out or ROOT / "results" / f"{started[:10]}_bench_cpu{os.cpu_count()}"
     write(out, rows, header, sizes)

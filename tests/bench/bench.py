@@ -158,6 +158,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def command(options: argparse.Namespace) -> str:
+    """The command as one would type it elsewhere: without the folder."""
+    words = ["python tests/bench/bench.py"]
+    words += ["--quick"] if options.quick else []
+    words += ["--ranks", str(options.ranks)] if options.ranks != 1 else []
+    words += ["--only", options.only] if options.only != ",".join(PARTS) else []
+    return " ".join(words)
+
+
 def machine() -> str:
     """The machine in words."""
     model = platform.processor() or platform.machine()
@@ -210,7 +219,7 @@ def main() -> None:
     header = {
         "started": started,
         "seconds": time.perf_counter() - start,
-        "command": " ".join(["python tests/bench/bench.py", *sys.argv[1:]]),
+        "command": command(options),
         "machine": machine(),
         "threads": int(launcher.environment(options.ranks)["OMP_NUM_THREADS"]),
         "ranks": options.ranks,

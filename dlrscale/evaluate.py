@@ -32,7 +32,8 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch
     places = (targets != IGNORE).nonzero().squeeze(1)
     total = rows[:0].float().sum()
     for chunk in places.split(max(1, _CHUNK_ELEMENTS // vocabulary)):
-        total = total + functional.cross_entropy(rows[chunk].float(), targets[chunk], reduction="sum")
+        chosen = rows.index_select(0, chunk)  # not rows[chunk], whose backward is several times slower
+        total = total + functional.cross_entropy(chosen.float(), targets[chunk], reduction="sum")
     return total, places.numel()
 
 

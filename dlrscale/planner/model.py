@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from dlrscale import catalogue, shapes
@@ -42,12 +43,12 @@ class Model:
                     yield training.rank * inputs, True, 1
                     yield training.rank * outputs, True, 1
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Parameters, a tied pair counted once."""
         return sum(numel * count for numel, _, count in self.tensors())
 
-    @property
+    @cached_property
     def trained(self) -> int:
         """Trained parameters."""
         return sum(numel * count for numel, trained, count in self.tensors() if trained)

@@ -363,6 +363,20 @@ def test_wrong_input_is_told(capsys, words, said):
     assert said in err
 
 
+def test_the_parameters_are_gone_through_as_often_whatever_the_number_of_layers(make_llama, monkeypatch):
+    """Once more per layer took 4 s for a 405B model and all strategies."""
+    calls, tensors = [], planned_model.Model.tensors
+    monkeypatch.setattr(planned_model.Model, "tensors", lambda model: calls.append(model) or tensors(model))
+    found = []
+    for layers in (2, 7):
+        plan = attack_plan(make_llama().config.to_dict() | {"num_hidden_layers": layers}, stage=2)
+        assert plan.needs.peak_bytes
+        assert plan.states["gradients"].during != states.ALWAYS
+        found.append(len(calls))
+        calls.clear()
+    assert found[0] == found[1]
+
+
 def test_all_strategies_of_a_405b_model_take_less_than_a_second_and_no_torch():
     code = (
         "import sys; sys.argv = ['dlrscale']\n"

@@ -98,7 +98,7 @@ def lock(sizes: Sizes, ranks: int, quick: bool) -> list[dict[str, Any]]:
     """Our lock step over one graph of all layers: tokens per second, bytes saved at once."""
     rows = []
     for depth in (4,) if quick else (8, 32):
-        found = run_part("lock_step.compare", sizes, ranks, depth=depth, pairs=3 if quick else 20, block=2)
+        found = run_part("lock_step.compare", sizes, ranks, depth=depth, pairs=3 if quick else 16, block=2)
         speeds, saved, layers = found["tokens_per_s"], found["saved_at_once"], found["layers"]
         speed = ratios(speeds["ours"], speeds["straight"])
         kept = saved["ours"] / saved["straight"]

@@ -221,7 +221,8 @@ def attack_configs(
     options = options | {"model": str(folders.find_model(options["model"]))}
     shared = options | {"strategy": strategy, "knobs": entry.resolve_knobs(pairs)}
     base = base and str(folders.find_model(base, "--base"))
-    from dlrscale import models  # torch and transformers: a mistyped name was told before
+    with launcher.imports.many():
+        from dlrscale import models  # torch and transformers: a mistyped name was told before
 
     for folder in filter(None, (options["model"], base)):
         check_family(folder)

@@ -25,6 +25,7 @@ from pathlib import Path
 from dlrscale import config as configuration
 from dlrscale.config import RunConfig
 from dlrscale.errors import ConfigError, JobError
+from dlrscale.launcher import imports as imports
 from dlrscale.launcher.guard import SIGNALS, command_variable
 
 # Exit codes of ranks: each ends its siblings at once; DeepSpeed's launcher passes it on.

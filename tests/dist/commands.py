@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 
@@ -22,14 +25,43 @@ TARGETS = ("command", "launcher", "rank", "all")
 GONE_S = 60.0
 
 
-def environment() -> dict[str, str]:
-    """The environment of a command: the CPU, and no rank's variables."""
+def environment(**changes: str | None) -> dict[str, str]:
+    """The environment of a command: the CPU, and no rank's variables; None takes a variable away.
+
+    Coverage is not measured there: it would make each start by a third dearer, and `dlrscale` and `start_ranks` have
+    the same lines.
+    """
     left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if k not in left_out} | {"DS_ACCELERATOR": "cpu"}
+    found = os.environ | {"DS_ACCELERATOR": "cpu"} | changes
+    return {
+        key: value
+        for key, value in found.items()
+        if value is not None and key not in left_out and not key.startswith(("COVERAGE_PROCESS_", "COV_CORE_"))
+    }
 
 
-def dlrscale(place: Path, *options: str, **changes) -> subprocess.CompletedProcess:
-    """Run `dlrscale` in a folder to its end."""
+def dlrscale(place: Path, *options: str) -> subprocess.CompletedProcess:
+    """Run the command `dlrscale` in a folder to its end, inside this process, which has imported it already."""
+    from dlrscale import cli
+
+    out, err, here = io.StringIO(), io.StringIO(), os.getcwd()
+    os.chdir(place)
+    try:
+        with (
+            mock.patch.dict(os.environ, environment(), clear=True),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            cli.main(list(options))
+    except SystemExit as end:
+        return subprocess.CompletedProcess(options, end.code, out.getvalue(), err.getvalue())
+    finally:
+        os.chdir(here)
+    raise AssertionError("the command did not end")
+
+
+def process(place: Path, *options: str, **changes) -> subprocess.CompletedProcess:
+    """Run `dlrscale` in a folder to its end, in a process of its own."""
     line = [sys.executable, "-c", "from dlrscale.cli import main; main()", *options]
     return subprocess.run(line, cwd=place, env=environment(), capture_output=True, text=True, timeout=300, **changes)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import LOCK, dlrscale, write_texts
+from commands import LOCK, process, write_texts
 from dlrscale import launcher
 
 
@@ -35,7 +35,7 @@ def place(tmp_path_factory, tiny_folder) -> Path:
 @pytest.fixture(scope="session")
 def locked(place: Path) -> Path:
     """A lock that ran without interruption, with MLflow on."""
-    done = dlrscale(place, "lock", "--model", "base", "--data", "text.txt", *LOCK, "--out", "whole")
+    done = process(place, "lock", "--model", "base", "--data", "text.txt", *LOCK, "--out", "whole")
     assert done.returncode == 0, done.stderr
     unused, model, losses, errors = done.stdout.strip().splitlines()[1:]
     assert unused.startswith("data not used: train ")

@@ -231,8 +231,9 @@ def gpt2(tmp_path_factory, make_gpt2, tokenizer) -> Path:
 
 def test_gpt2_line(gpt2: Path, place: Path) -> None:
     """GPT-2 at ZeRO-3 with offload: plain and warm by default, flattened into a GPT2LMHeadModel."""
+    few = ("--steps", "4", "--heal-steps", "2", "--checkpoint-every", "0")
     done = dlrscale(
-        place, "lock", "--model", str(gpt2), "--data", "text.txt", *LOCK[:-2], "--zero", "3", "--offload-optimizer",
+        place, "lock", "--model", str(gpt2), "--data", "text.txt", *LOCK[:-2], *few, "--zero", "3", "--offload-optimizer",
         "--offload-param", "--dtype", "bf16", "--accumulation", "2", "--micro-batch", "1", "--out", "gpt2",
         "--tracking-uri", "none",
     )  # fmt: skip

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import commands
 import pytest
 
 from dlrscale import engine, launcher, models, record
@@ -50,8 +51,7 @@ def last(folder: Path) -> dict:
 
 def environment(**changes: str | None) -> dict[str, str]:
     """This process's environment on the CPU, changed; None takes a variable away."""
-    found = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | changes
-    return {k: v for k, v in found.items() if v is not None and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return commands.environment(**{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | changes)
 
 
 def works(*line: str) -> bool:

@@ -27,6 +27,7 @@ from commands import (
     environment,
     hit,
     last,
+    process,
     rows,
     rows_file,
     start,
@@ -171,8 +172,8 @@ def memory_group(limit: int):
 
 def test_a_rank_that_the_kernel_kills_is_out_of_memory(place: Path, text: Path) -> None:
     """The OOM killer's SIGKILL is told from any other: outcome `oom`, with the peak and the phase that were seen."""
-    with memory_group(2600 * 2**20) as group:
-        done = dlrscale(
+    with memory_group(2100 * 2**20) as group:
+        done = process(
             place, "attack", "--model", "base", "--strategy", "full", "--data", str(text), "--seq-len", "64",
             "--micro-batch", "4000", "--steps", "2", "--heldout-limit", "2", "--out", "killed-by-kernel",
             "--num-ranks", "1", "--tracking-uri", "none",

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from commands import environment
 
 from dlrscale import cli, config, engine, jobs, launcher, record, tracking, train
 from dlrscale.tracking import folder as folders
@@ -80,7 +81,7 @@ def server(tmp_path_factory) -> tuple[Path, int]:
     folder, port = tmp_path_factory.mktemp("server"), launcher.free_port()
     line = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     line += ["--artifacts-destination", str(folder / "artifacts"), "--port", str(port), "--workers", "1"]
-    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    env = environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_DISABLE_TELEMETRY="true")
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(line, env=env, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     until = time.monotonic() + 90
@@ -274,8 +275,7 @@ def start(place: Path, out: str, uri: str, tiny_folder: Path, task: Path, **kwar
     line = [sys.executable, "-c", "from dlrscale.cli import main; main()", "attack", "--model", str(tiny_folder)]
     line += ["--strategy", "full", "--data", str(task), "--seq-len", "32", "--steps", "150", "--num-ranks", "1"]
     line += ["--heldout-limit", "4", "--out", out, "--tracking-uri", uri]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"DS_ACCELERATOR": "cpu"}
-    return subprocess.Popen(line, cwd=place, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(line, cwd=place, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
 def test_the_terminal_shows_one_warning(server, proxy, tiny_folder, task, tmp_path, capfd):

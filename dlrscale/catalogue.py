@@ -129,7 +129,7 @@ class Strategy:
         for name, text in given.items():
             knob = knobs.get(name)
             if knob is None:
-                faults.append(f"--set {name}: {self.name} has no such knob (it has: {', '.join(knobs) or 'none'}).")
+                faults.append(f"--set {name}: {self.name} has no such knob. It has: {', '.join(knobs) or 'none'}.")
                 continue
             try:
                 value = type(knob.default)(text)

@@ -270,10 +270,13 @@ def run_all(configs: list[Any], dry_run: bool = False, quiet: bool = False) -> l
         The records, in the order of the jobs; empty after a dry run.
 
     Raises:
+        PlanError: If one cannot fit, before any has run.
         JobError: If one failed, after all have run.
     """
-    from dlrscale.cli.run import execute
+    from dlrscale.cli.run import execute, refuse_unfit
 
+    if not dry_run:
+        refuse_unfit(configs)
     records, failures = [], []
     for config in configs:
         try:

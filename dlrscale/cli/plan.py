@@ -39,13 +39,13 @@ def swept(*names: str, kind: Any, default: Any = None, **more: Any) -> Any:
 
 @click.command(context_settings=CONTEXT)
 @click.option("--model", required=True, help="A model folder, a config.json, or a built-in shape (llama-2-7b).")
-@swept("--strategy", kind=str, default="ckpt-layer", help="One of `dlrscale strategies`, or all.")
+@swept("--strategy", kind=str, help="One of `dlrscale strategies`, or all.  [default: ckpt-layer]")
 @click.option("--set", "knobs", multiple=True, metavar="KNOB=VALUE", help="A strategy's own knob.")
 @swept("--zero", kind=click.IntRange(0, 3), help="ZeRO stage.  [default: the strategy's]")
 @click.option("--offload-optimizer/--no-offload-optimizer", default=None, help="Optimizer states in host memory.")
 @click.option("--offload-param/--no-offload-param", default=None, help="Parameters in host memory (ZeRO-3).")
 @click.option("--activation-checkpointing", type=click.Choice(["none", "layer"]), help="[default: the strategy's]")
-@click.option("--deepspeed_config", type=PATH, help="A DeepSpeed file of your own, or one of ds_configs/.")
+@click.option("--deepspeed_config", type=PATH, help="A DeepSpeed file; DeepSpeed itself checks it, in some seconds.")
 @swept("--num-ranks", kind=click.IntRange(1), default=1, help="Devices.")
 @click.option(
     "--nodes", type=click.IntRange(1), help="Hosts that they are spread over.  [default: as few as hold them]"
@@ -53,7 +53,7 @@ def swept(*names: str, kind: Any, default: Any = None, **more: Any) -> Any:
 @swept("--micro-batch", kind=click.IntRange(1), help="Sequences per device and forward.  [default: 4]")
 @click.option("--accumulation", type=click.IntRange(1), help="Micro-batches per optimizer step.  [default: 1]")
 @swept("--seq-len", kind=click.IntRange(2), default=512, help="Tokens per sequence.")
-@swept("--depth", kind=click.IntRange(1), default=32, help="Blocks in each DLR-Net.")
+@swept("--depth", kind=click.IntRange(1), help="Blocks in each DLR-Net.  [default: 32]")
 @swept("--form", kind=click.Choice(["gated", "plain", "prenorm"]), help="[default: gated; plain on two-matrix MLPs]")
 @click.option(
     "--rank", type=click.IntRange(1), help="One rank for all blocks.  [default: as many parameters as the MLP]"
@@ -79,23 +79,48 @@ def plan(**options: Any) -> None:
     """
     from dlrscale.planner import show
 
+    refuse_unused(options)
     answers, left_out = [], {}
-    for question in ask(options):
+    questions = list(ask(options))
+    for question in questions:
         try:
             if options["lock"]:
                 answers.append(show.describe_lock(question(), harden=options["harden"], heal=options["heal"]))
             else:
                 answers.append(show.describe(question(), tokens=options["tokens"]))
-        except ConfigError as error:  # a lever, a knob or a form that one strategy cannot have leaves that one out
+        except ConfigError as error:  # what one combination of a sweep cannot have leaves that one out
             left_out[str(error)] = error
-    if not answers or (left_out and len(options["strategy"]) == 1 and options["strategy"] != ("all",)):
+    if not answers:
         raise ConfigError([fault for error in left_out.values() for fault in error.faults])
     for reason in left_out:
         click.echo(f"left out: {reason}", err=True)
-    click.echo(show.as_json(answers) if options["as_json"] else show.text(answers))
+    click.echo(show.as_json(answers, len(questions) > 1) if options["as_json"] else show.text(answers))
     if options["plot"]:
         show.draw(answers, options["plot"])
         click.echo(f"plot: {options['plot']}", err=True)
+
+
+def refuse_unused(options: dict[str, Any]) -> None:
+    """Refuse options that a plan of a lock would not use, and a plot that could not be written.
+
+    Args:
+        options: The command's options.
+
+    Raises:
+        ConfigError: If there are such.
+    """
+    from pathlib import Path
+
+    faults = []
+    for key in ("strategy", "activation_checkpointing", "knobs", "tokens") if options["lock"] else ():
+        if options[key]:
+            name = "set" if key == "knobs" else key.replace("_", "-")
+            faults.append(f"--{name}: a lock has none. Leave it out, or leave out --lock.")
+    folder = Path(options["plot"] or ".").absolute().parent
+    if not folder.is_dir():
+        faults.append(f"--plot {options['plot']}: there is no folder {folder}. Make it, or name another.")
+    if faults:
+        raise ConfigError(faults)
 
 
 def ask(options: dict[str, Any]) -> Iterator[Callable[[], Any]]:
@@ -115,7 +140,8 @@ def ask(options: dict[str, Any]) -> Iterator[Callable[[], Any]]:
 
     config = sides.read_model(options["model"])
     shape = shapes.model_shape(config)
-    names = tuple(catalogue.STRATEGIES) if options["strategy"] == ("all",) else options["strategy"]
+    names = options["strategy"] or ("ckpt-layer",)
+    names = tuple(catalogue.STRATEGIES) if names == ("all",) else names
     for name in names:
         catalogue.strategy(name)
     faults = [
@@ -127,11 +153,16 @@ def ask(options: dict[str, Any]) -> Iterator[Callable[[], Any]]:
     for ranks, device in itertools.product(options["num_ranks"], devices):
         nodes, held = options["nodes"] or -(-ranks // device.devices_per_node), device.devices_per_node
         if not nodes <= ranks <= nodes * held:
-            faults.append(f"--nodes {nodes} and --num-ranks {ranks}: a host of {device.name} has 1 to {held} devices.")
+            faults.append(
+                f"--nodes {nodes} and --num-ranks {ranks}: a host of {device.name} has 1 to {held} devices. Change one."
+            )
+    for key in ("depth", "form", "rank", "layers") if shape.ranks else ():
+        if options[key]:
+            faults.append(f"--{key}: {options['model']} is locked already and has its own. Leave it out.")
     if faults:
         raise ConfigError(faults)
     forms = options["form"] or ("gated" if shape.family.gated else "plain",)
-    depths = options["depth"]
+    depths = options["depth"] or (32,)
     if shape.ranks:  # a locked model says its own form and depth
         forms, depths = (shape.form,), (max(map(len, shape.ranks.values())),)
     axes = (names, options["zero"] or (None,), devices, options["dtype"] or (None,), options["num_ranks"],
@@ -139,7 +170,9 @@ def ask(options: dict[str, Any]) -> Iterator[Callable[[], Any]]:
     for name, zero, device, dtype, ranks, micro, length, form, depth in itertools.product(*axes):
         about = {"num_ranks": ranks, "seq_len": length, "form": form, "depth": depth, "hardware": device}
         about |= {key: options[key] for key in ("rank", "layers", "attention")}
-        about["nodes"] = options["nodes"] or -(-ranks // device.devices_per_node)
+        held = device.devices_per_node
+        about["nodes"] = options["nodes"] or -(-ranks // held)
+        about["ranks_per_node"] = -(-ranks // options["nodes"]) if options["nodes"] else min(ranks, held)
         yield partial(decide, config, catalogue.strategy(name), options | {"zero": zero}, micro, dtype, about)
 
 
@@ -189,8 +222,9 @@ def decide(
         merged = engine.lever_config(levers.zero, levers.offload_optimizer, levers.offload_param) | {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
-            dtype: {"enabled": True},
         }
+        if dtype != "fp32":
+            merged[dtype] = {"enabled": True}
     return sides.Question(
         config=config, strategy=entry.name, levers=levers, knobs=entry.resolve_knobs(pairs), ds_config=merged,
         dtype=dtype, micro_batch=micro, **about,

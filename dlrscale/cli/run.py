@@ -14,7 +14,7 @@ import click
 from dlrscale import catalogue, launcher, record
 from dlrscale import config as configuration
 from dlrscale.config import LockConfig, RunConfig
-from dlrscale.errors import ConfigError, JobError, describe
+from dlrscale.errors import ConfigError, JobError, PlanError, describe
 from dlrscale.launcher import imports
 from dlrscale.launcher.ranks import Ranks
 from dlrscale.record import Outcome
@@ -193,6 +193,29 @@ def run_rank(config: RunConfig, dry_run: bool) -> None:
         for line in jobs.summary_lines(entry, Path(config.out)) if entry else []:
             click.echo(line)
     sys.exit(code)
+
+
+def refuse_unfit(configs: list[RunConfig]) -> None:
+    """Stop before the first of some jobs where the plan of one says that it cannot fit.
+
+    Args:
+        configs: Their configurations.
+
+    Raises:
+        PlanError: With what each lacks.
+    """
+    with imports.many():
+        from dlrscale import engine
+        from dlrscale.jobs import forecast
+
+    faults = []
+    for config in configs:
+        try:
+            forecast.refuse(config, forecast.forecast(config, engine.merge(config)))
+        except PlanError as error:
+            faults.append(str(error))
+    if faults:
+        raise PlanError("\n".join(faults))
 
 
 def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) -> dict[str, Any] | None:

@@ -75,6 +75,9 @@ def attack(run_: Run) -> None:
         loop.run(stage, done)
         with run_.phases.phase("evaluate"):
             run_.metrics |= evaluate()
+    except BaseException:
+        compare(run_, objective.seen, alone=True)
+        raise
     finally:
         run_.metrics |= loop.summary("train") | loop.state["start"] | objective.counted
         run_.metrics |= saved_formula(config, shape, entry)
@@ -83,16 +86,18 @@ def attack(run_: Run) -> None:
         save(run_, ds, model, folder, tokenizer)
 
 
-def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None) -> None:
+def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None, alone: bool = False) -> None:
     """Put what was measured beside the plan; of the ranks, the one that holds most of a term counts.
 
     Args:
         run_: The run.
         seen: What an objective has seen (`train.LanguageModelling`), or a measurement's like it.
         live_peak: The most bytes of live tensors on this rank, where they were counted.
+        alone: Do not ask the other ranks, which may have gone.
     """
     allocated = run_.phases.peaks().get("memory/accelerator_peak_allocated_bytes")
-    ranks = run_.engine.gather({"seen": seen, "accelerator_peak_bytes": allocated, "live_peak_bytes": live_peak})
+    mine = {"seen": seen, "accelerator_peak_bytes": allocated, "live_peak_bytes": live_peak}
+    ranks = [mine] if alone else run_.engine.gather(mine)
     holding = [rank["seen"]["held"] for rank in ranks if "held" in rank["seen"]]
     held = {name: max((h[name] for h in holding), key=lambda h: sum(h.values())) for name in (holding or [{}])[0]}
     peaks = {k: max(rank[k] for rank in ranks) for k in ("accelerator_peak_bytes", "live_peak_bytes") if ranks[0][k]}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from dlrscale import catalogue, engine, shapes
+from dlrscale import catalogue, engine, launcher, shapes
 from dlrscale.config import AttackConfig, LockConfig, RunConfig
 from dlrscale.errors import PlanError
 from dlrscale.planner import hardware as devices
@@ -42,7 +43,8 @@ def forecast(config: RunConfig, ds_config: Mapping[str, Any]) -> Plan | LockPlan
         "micro_batch": config.micro_batch,
         "seq_len": config.seq_len,
         "num_ranks": config.num_ranks,
-        "nodes": nodes(config),
+        "nodes": hosts(config)[0],
+        "ranks_per_node": hosts(config)[1],
         "attention": ATTENTION,
         "device": engine.device_type(),
     }
@@ -59,12 +61,14 @@ def forecast(config: RunConfig, ds_config: Mapping[str, Any]) -> Plan | LockPlan
     return Plan(model=model, checkpointing=config.activation_checkpointing, **common)
 
 
-def nodes(config: RunConfig) -> int:
-    """The hosts of a job: the lines of its hostfile."""
-    if not config.hostfile:
-        return 1
-    with open(config.hostfile, encoding="utf-8") as file:
-        return max(1, sum(1 for line in file if line.partition("#")[0].strip()))
+def hosts(config: RunConfig) -> tuple[int, int]:
+    """The hosts of a job and the ranks of the fullest: of its hostfile, or as DeepSpeed's launcher has started it."""
+    if config.hostfile:
+        slots = launcher.slots_by_host(config.hostfile)
+        return len(slots), max(slots.values())
+    here = int(os.environ.get("LOCAL_SIZE") or config.num_ranks) if "RANK" in os.environ else config.num_ranks
+    here = min(here, config.num_ranks)
+    return -(-config.num_ranks // here), here
 
 
 def hardware_of(config: RunConfig) -> Hardware | None:
@@ -94,38 +98,52 @@ def refuse(config: RunConfig, plan: Plan | LockPlan | None) -> None:
     lacking = plan.needs.lacking(hardware)
     if lacking:
         found = fitting_levers(config, plan, hardware)
-        mend = f"It would fit with {' or with '.join(found)}." if found else "No lever of this command makes it fit."
+        none = "Neither a smaller --micro-batch nor checkpointing, ZeRO or offload makes it fit: take more devices."
+        mend = f"It would fit with {', or with '.join(found)}." if found else none
         raise PlanError(
             f"The plan says that {config.name} cannot fit: {'; '.join(lacking)}. {mend} --force runs anyway."
         )
 
 
 def fitting_levers(config: RunConfig, plan: Plan | LockPlan, hardware: Hardware) -> list[str]:
-    """The options that would make a job fit, each by itself or with what it needs; the mildest first."""
-    found = []
-    largest = largest_micro_batch(lambda batch: plan.with_micro_batch(batch).needs, hardware)
-    if largest:
-        found.append(f"--micro-batch {largest}")
+    """The options that would make a job fit, at most three: each by itself, else two together.
+
+    Args:
+        config: The resolved configuration.
+        plan: Its plan.
+        hardware: The device that it does not fit.
+
+    Returns:
+        Options as they are typed; none that contradicts the strategy's idea or the DeepSpeed file.
+    """
+    file = engine.read_file(config.deepspeed_config) if config.deepspeed_config else None
+    free_batch = file is None or not {"train_batch_size", "train_micro_batch_size_per_gpu"} & set(file)
     changes: list[tuple[str, dict[str, Any]]] = []
-    if isinstance(plan, Plan) and plan.checkpointing == "none" and "activation_checkpointing" not in fixed(config):
+    held = fixed(config)
+    if isinstance(plan, Plan) and plan.checkpointing == "none" and "activation_checkpointing" not in held:
         changes.append(("--activation-checkpointing layer", {"checkpointing": "layer"}))
-    if config.deepspeed_config is None:
+    if file is None:
         for words, levers in (
             ("--zero 3", (3, config.offload_optimizer, config.offload_param)),
             ("--zero 2 --offload-optimizer", (2, True, False)),
             ("--zero 3 --offload-optimizer --offload-param", (3, True, True)),
         ):
-            merged = engine.lever_config(*levers)
-            changes.append((words, {"ds_config": dict(plan.ds_config) | merged}))
-    changes += [
+            changes.append((words, {"ds_config": dict(plan.ds_config) | engine.lever_config(*levers)}))
+    pairs = [
         (f"{a} {b}", left | right) for a, left in changes[:1] for b, right in changes[1:] if "checkpointing" in left
     ]
-    for words, change in changes:
-        if not dataclasses.replace(plan, **change).needs.lacking(hardware):
-            found.append(words)
-            if len(found) == 3:
-                break
-    return found
+
+    def largest(change: dict[str, Any]) -> int:
+        changed = dataclasses.replace(plan, **change)
+        return largest_micro_batch(lambda batch: changed.with_micro_batch(batch).needs, hardware)
+
+    found = [f"--micro-batch {largest({})}"] if free_batch and largest({}) else []
+    found += [
+        words for words, change in changes + pairs if not dataclasses.replace(plan, **change).needs.lacking(hardware)
+    ]
+    if not found and free_batch:
+        found = [f"{words} --micro-batch {size}" for words, change in changes + pairs if (size := largest(change))]
+    return found[:3]
 
 
 def fixed(config: RunConfig) -> tuple[str, ...]:
@@ -201,7 +219,9 @@ def measured(
     for name in STATES if held else ():
         term = plan.states[name]
         pairs[f"{name}_bytes"] = (term.device + term.host, sum(held[name].values()))
-    pairs |= {name: (plan.needs.peak_bytes, peak) for name, peak in peaks.items()}
+    offloaded = sum(size for name, size in plan.needs.host_terms.items() if name != "processes") // plan.ranks_per_node
+    beside = {"live_peak_bytes": offloaded}  # live tensors are counted wherever they are
+    pairs |= {name: (plan.needs.peak_bytes + beside.get(name, 0), peak) for name, peak in peaks.items()}
     pairs = {name: pair for name, pair in pairs.items() if any(pair)}
     return {
         "planned": {name: planned for name, (planned, _) in pairs.items()},

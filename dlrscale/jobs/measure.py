@@ -36,7 +36,7 @@ def measure(run_: Run) -> None:
             folder = transform(run_, entry.transform, folder)
     if config.inference_batches:
         with run_.phases.phase("inference"):
-            run_.metrics |= inference(config, folder)
+            run_.metrics |= inference(config)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # what inference has reserved is none of the training's
     with run_.phases.phase("load"):
@@ -51,7 +51,7 @@ def measure(run_: Run) -> None:
     objective = LanguageModelling()
     stage = Stage(name="train", steps=config.steps, lr=config.lr, warmup=config.warmup_steps, objective=objective)
     run_.metrics |= timed_steps(loop, stage)
-    counts = Counts(ds, objective, batches.step(config.steps))
+    counts = Counts(ds, objective, batches.step(config.steps), config.dtype)
     with run_.phases.phase("count"):
         run_.metrics |= counts.saved(mlp_parts(ds.module, shape), run_.out) | saved_formula(config, shape, entry)
         run_.metrics |= counts.flops(run_.metrics["time/step_s"])
@@ -119,15 +119,15 @@ def token_counts(loop: Loop) -> dict[str, float]:
     }
 
 
-def inference(config: MeasureConfig, folder: Path) -> dict[str, float]:
-    """Prefill and decode on rank 0: of the model, and of the base beside it where one is named."""
+def inference(config: MeasureConfig) -> dict[str, float]:
+    """Prefill and decode on rank 0: of the model as it was published, and of the base beside it where one is named."""
     found: dict[str, float] = {}
     device = engine.device()
     if torch.distributed.get_rank() == 0:
         places = {"inference_base": Path(config.base)} if config.base else {}
         sides = {
             side: models.load_model(place, config.dtype).to(device)
-            for side, place in (places | {"inference": folder}).items()
+            for side, place in (places | {"inference": Path(config.model)}).items()
         }
         vocabulary = min(model.config.vocab_size for model in sides.values())
         prompt = config.seq_len - config.new_tokens
@@ -157,6 +157,7 @@ class Counts:
     engine: Engine
     objective: LanguageModelling
     batch: StepBatch
+    dtype: str
 
     def _step(self, context: Callable[[str], contextlib.AbstractContextManager]) -> None:
         self.objective(self.engine, self.batch, Around(context))
@@ -210,7 +211,7 @@ class Counts:
         }
         if len(self.batch.micro_batches) == 1:  # then they are the micro-batch's whose saved bytes were counted
             self.objective.seen["flops"] = {name.partition("/")[2]: value for name, value in found.items()}
-        mfu = flops.mfu(step_s, self.engine.device)
+        mfu = flops.mfu(step_s, self.engine.device, self.dtype)
         return found if mfu is None else found | {"mfu": mfu}
 
     def live(self) -> dict[str, float]:

@@ -44,14 +44,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def hostfile_slots(path: str) -> int:
-    """Ranks that a DeepSpeed hostfile (`host slots=8` per line) offers.
+def slots_by_host(path: str) -> dict[str, int]:
+    """Ranks that each host of a DeepSpeed hostfile (`host slots=8` per line) offers.
 
     Args:
         path: The hostfile.
 
     Returns:
-        The sum of the slots of all hosts.
+        The slots by host.
 
     Raises:
         ConfigError: If the file is missing or a line is of another form.
@@ -60,7 +60,7 @@ def hostfile_slots(path: str) -> int:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
         raise ConfigError(f"--hostfile {path}: no such file.") from None
-    total = 0
+    found: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].split()
         if not words:
@@ -68,8 +68,13 @@ def hostfile_slots(path: str) -> int:
         name, _, count = words[-1].partition("=")
         if len(words) != 2 or name != "slots" or not count.isdecimal():
             raise ConfigError(f"{path}:{number}: {line!r} is not of the form `host slots=8`.")
-        total += int(count)
-    return total
+        found[words[0]] = found.get(words[0], 0) + int(count)
+    return found
+
+
+def hostfile_slots(path: str) -> int:
+    """Ranks that all hosts of a hostfile offer together; see `slots_by_host`."""
+    return sum(slots_by_host(path).values())
 
 
 def deepspeed() -> str:

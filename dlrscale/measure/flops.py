@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dlrscale.measure import recompute
+from dlrscale.planner import hardware
 
 ATTENTION_COUNTED = "full square, the masked half too"
 
@@ -73,27 +74,24 @@ class Flops:
         self.recompute += again
         self.backward += counter.get_total_flops() - again
 
-    def mfu(self, step_s: float, device: torch.device) -> float | None:
+    def mfu(self, step_s: float, device: torch.device, dtype: str) -> float | None:
         """Model FLOPs utilisation: forward and backward without recompute over what the device could do meanwhile.
 
         Args:
             step_s: Seconds of the step whose micro-batches were counted.
             device: The device.
+            dtype: The run's precision; the peaks that are known are those of 16 bits.
 
         Returns:
-            The ratio; None on a CPU and where the device's peak is not known.
+            The ratio; None on a CPU, in fp32 and where the device's peak is not known.
         """
-        peak = peak_flops(device)
+        peak = peak_flops(device) if dtype != "fp32" else None
         return (self.forward + self.backward) / step_s / peak if peak else None
 
 
 def peak_flops(device: torch.device) -> float | None:
     """The stated bf16 FLOP/s of a device, None on a CPU and where it is not in the hardware table."""
     if device.type != "cuda":
-        return None
-    try:
-        from dlrscale.planner import hardware
-    except ImportError:
         return None
     found = hardware.of_device(torch.cuda.get_device_name(device))
     return found.bf16_flops_per_s if found else None

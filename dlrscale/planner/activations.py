@@ -80,6 +80,10 @@ class Activations:
             return ends + self.mask_bytes + (layer + 1) * self.stream_bytes + self.layer_bytes[layer]
         return ends + self._running[layer]
 
+    def mlp_bytes(self, layer: int) -> int:
+        """What a layer's MLP or DLR-Net keeps."""
+        return self.layers[layer].tape.by_part().get("mlp", 0)
+
     @cached_property
     def _running(self) -> list[int]:
         return list(accumulate(self.layer_bytes))
@@ -101,6 +105,12 @@ class Activations:
                 found[part] += 0 if storage in layer.shared else size
         found["attention"] += self.table_bytes
         return dict(found)
+
+    def fused_flops(self) -> int:
+        """FLOPs of fused attention kernels in all of forward, backward and what is run again."""
+        inside = sum(layer.tape.kernel_flops for layer in self.layers)  # one product; forward has 2, backward 4 more
+        again = 2 * inside if self.run.checkpointing == "layer" else 0
+        return 7 * inside + again
 
     def flops(self) -> dict[str, int]:
         """FLOPs of forward, of backward, of what is run again in backward, and inside fused kernels."""

@@ -37,6 +37,7 @@ class LockPlan:
     seq_len: int
     num_ranks: int = 1
     nodes: int = 1
+    ranks_per_node: int = 1
     attention: str = "sdpa"
     device: str = "cuda"
     harden: bool = True
@@ -97,6 +98,23 @@ class LockPlan:
         mask = head.tokens * FP32
         return sum(kept.layer_bytes) + kept.table_bytes + head.saved_bytes + 2 * pairs * FP32 + mask
 
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one optimizer step."""
+        return int(self.ds_config.get("gradient_accumulation_steps", 1))
+
+    def flops(self) -> dict[str, dict[str, int]]:
+        """FLOPs of a micro-batch by stage: the teacher's forward, the DLR-Nets' or the student's passes."""
+        teacher = Activations(replace(self.run, shape=self.base, hardened=False)).flops()["forward"]
+        visits = [self.visit(layer) for layer in self.shape.ranks]
+        distil = {
+            "teacher": teacher,
+            "forward": sum(tape.forward_flops.total() for tape in visits),
+            "backward": sum(tape.backward_flops.total() for tape in visits),
+        }
+        student = Activations(self.run).flops()
+        return {DISTIL: distil} | ({HEAL: {"teacher": teacher} | student} if self.heal else {})
+
     def with_micro_batch(self, micro_batch: int) -> LockPlan:
         """The same plan for another micro-batch; model states do not depend on it."""
         plan = replace(self, micro_batch=micro_batch)
@@ -115,7 +133,7 @@ class LockPlan:
         stage = int((self.ds_config.get("zero_optimization") or {}).get("stage", 0))
         whole = sum(n * count for n, trained, count in self.tensors() if trained) * run.size
         once = stage in (1, 2) or (stage == 3 and int(self.ds_config["gradient_accumulation_steps"]) > 1)
-        inside = workspace.layer_bytes(Activations(replace(run, shape=self.base)), 0)
+        inside = workspace.mlp_bytes(Activations(replace(run, shape=self.base)), 0)
         phases = {
             DISTIL: always | {
                 "whole gradients": whole if once else 0,
@@ -132,5 +150,5 @@ class LockPlan:
             states=self.states,
             phases=phases,
             model_bytes=sum(n * count for n, _, count in self.tensors()) * run.size,
-            ranks_per_node=-(-self.num_ranks // self.nodes),
+            ranks_per_node=self.ranks_per_node,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -53,20 +54,26 @@ class Model:
         """Trained parameters."""
         return sum(numel * count for numel, trained, count in self.tensors() if trained)
 
-    def trained_by_layer(self) -> list[int]:
-        """Trained parameters of each decoder layer."""
-        found: dict[object, int] = {}
+    def trained_by_layer(self) -> tuple[list[int], list[int]]:
+        """Trained parameters of the MLP of each decoder layer, and of the whole layer."""
+        found: dict[object, tuple[int, int]] = {}
         ranks, training = self.shape.ranks or {}, self.training
         for layer in range(self.shape.layers):
             key = ranks.get(layer)
             if key not in found:
-                own = sum(n for part, n in layer_tensors(self.shape, self.parts, layer) if part in training.trained)
-                found[key] = own + sum(
-                    training.rank * (inputs + outputs)
-                    for part, inputs, outputs, _ in maps(self.shape, self.parts, layer)
-                    if part in training.adapted
-                )
-        return [found[ranks.get(layer)] for layer in range(self.shape.layers)]
+                own = Counter[str]()
+                for part, numel in layer_tensors(self.shape, self.parts, layer):
+                    own[part] += numel * (part in training.trained)
+                for part, inputs, outputs, _ in maps(self.shape, self.parts, layer):
+                    own[part] += training.rank * (inputs + outputs) * (part in training.adapted)
+                found[key] = own["mlp"], own.total()
+        pairs = [found[ranks.get(layer)] for layer in range(self.shape.layers)]
+        return [mlp for mlp, _ in pairs], [whole for _, whole in pairs]
+
+    def last_map(self, layer: int) -> int:
+        """Trained elements of a layer's last map, whose gradient comes first."""
+        inner = (self.shape.ranks or {}).get(layer, (self.shape.inner,))[-1]
+        return self.shape.width * inner * ("mlp" in self.training.trained)
 
 
 def locked_shape(base: ModelShape, form: str, depth: int, rank: int | None, layers: str | None) -> ModelShape:

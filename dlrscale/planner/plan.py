@@ -33,6 +33,7 @@ class Plan:
         seq_len: Tokens of a sequence.
         num_ranks: Devices.
         nodes: Hosts that they are spread over.
+        ranks_per_node: Devices of the fullest host.
         attention: `sdpa` or `eager`.
         device: `cuda` or `cpu`, where operations keep different things.
     """
@@ -45,6 +46,7 @@ class Plan:
     seq_len: int
     num_ranks: int = 1
     nodes: int = 1
+    ranks_per_node: int = 1
     attention: str = "sdpa"
     device: str = "cuda"
 
@@ -89,15 +91,16 @@ class Plan:
             states=self.states,
             phases={FORWARD: forward_pass, BACKWARD: self._backward(), STEP: states_in(self.states, STEP)},
             model_bytes=self.model.total * DTYPE_BYTES[self.dtype],
-            ranks_per_node=-(-self.num_ranks // self.nodes),
+            ranks_per_node=self.ranks_per_node,
         )
 
     def _backward(self) -> dict[str, int]:
         """The highest moment of backward: at the loss, while one of the layers is gone through, or at its end.
 
         Saved tensors go layer by layer while gradients come, in proportion to the trained parameters gone through,
-        where they are not held for good; at the loss there are none yet, and nothing is done with them (`backward`).
-        Stage 0 sums them when all are there, in a flat copy (`buckets`).
+        where they are not held for good: that of the last map stands beside all that its layer saved, the others of an
+        MLP at the latest when what it saved has gone. At the loss there are none yet, and nothing is done with them
+        (`backward`). Stage 0 sums them when all are there, in a flat copy (`buckets`).
         """
         kept, always = self.activations, states_in(self.states, BACKWARD)
         whole, summing = always.pop("gradients"), {"buckets": always["buckets"]}
@@ -111,11 +114,13 @@ class Plan:
         done = self._trained("head") + (self._trained("embedding") if self.model.shape.tied else 0)
         at_loss = moment(0, kept.held_bytes, "logits and loss", workspace.loss_backward_bytes(kept.run))
         moments = [at_loss | {"backward": 0}]
-        per_layer = self.model.trained_by_layer()
+        of_mlp, of_layer = self.model.trained_by_layer()
         for layer in reversed(range(self.model.shape.layers)):
-            inside = workspace.layer_bytes(kept, layer)
-            moments.append(moment(done, kept.alive_bytes(layer), "inside a layer", inside))
-            done += per_layer[layer]
+            alive, beside = kept.alive_bytes(layer), workspace.attention_bytes(kept)
+            last = self.model.last_map(layer)
+            moments.append(moment(done + last, alive, "inside a layer", workspace.mlp_bytes(kept, layer)))
+            moments.append(moment(done + of_mlp[layer], alive - kept.mlp_bytes(layer), "inside a layer", beside))
+            done += of_layer[layer]
         moments.append(moment(self.model.trained, 0, "inside a layer", 0) | summing)
         return max(moments, key=lambda terms: sum(terms.values()))
 
@@ -128,6 +133,13 @@ class Plan:
     def stage(self) -> int:
         """The ZeRO stage."""
         return int((self.ds_config.get("zero_optimization") or {}).get("stage", 0))
+
+    @property
+    def stays_whole(self) -> int:
+        """At stage 3, elements of the weights that need not be gathered: DeepSpeed may keep them from use to use."""
+        section = self.ds_config.get("zero_optimization") or {}
+        reused = int(section.get("stage3_max_reuse_distance", 1_000_000_000))
+        return reused + self.states["persistent"].device // DTYPE_BYTES[self.dtype]
 
     def offloads(self, key: str) -> bool:
         """Whether `offload_optimizer` or `offload_param` is in force."""

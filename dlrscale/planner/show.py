@@ -9,8 +9,8 @@ from typing import Any
 from dlrscale.planner.locking import LockPlan
 from dlrscale.planner.needs import CONTEXT_BYTES, FRAGMENTATION, gib, largest_micro_batch
 from dlrscale.planner.plan import Plan
-from dlrscale.planner.sides import BASE, LOCKED, Question, attack_plans, lock_plan
-from dlrscale.planner.time import hours, step_bounds
+from dlrscale.planner.sides import BASE, LOCKED, Question, attack_plans, lock_plan, notes
+from dlrscale.planner.time import hours, lock_bounds, step_bounds
 
 LOCK = "lock"
 # What a sweep varies: the names of the options, and of a question's fields.
@@ -63,7 +63,8 @@ def describe(question: Question, *, tokens: int | None = None) -> dict[str, Any]
     """The whole answer to a question about an attack: base and locked."""
     plans = attack_plans(question)
     sides = {side: attack_side(plan, question, tokens) for side, plan in plans.items()}
-    return {"asked": asked(question), "deepspeed_config": dict(question.ds_config), **sides}
+    about = {"asked": asked(question), "deepspeed_config": dict(question.ds_config), "notes": notes(question)}
+    return about | sides
 
 
 def describe_lock(question: Question, *, harden: bool, heal: bool) -> dict[str, Any]:
@@ -76,7 +77,10 @@ def describe_lock(question: Question, *, harden: bool, heal: bool) -> dict[str, 
     return {
         "asked": asked(question) | {"strategy": LOCK, "harden": harden, "heal": heal},
         "deepspeed_config": dict(question.ds_config),
-        LOCK: own | memory(plan, question),
+        "notes": notes(question),
+        LOCK: own
+        | memory(plan, question)
+        | {"flops_per_micro_batch": plan.flops(), "least_step_s": lock_bounds(plan, question.hardware)},
     }
 
 
@@ -106,7 +110,8 @@ def terms(answer: Mapping[str, Any], sides: Sequence[str]) -> str:
     phases = ", ".join(dict.fromkeys(side["peak_phase"] for side in found))
     rows.append(row(f"peak of a device ({phases})", [side["peak_bytes"] for side in found], gib))
     rows.append(row("peak of a host", [side["host_peak_bytes"] for side in found], gib))
-    return "\n".join([head, "", aligned(rows), "", *(line for side in sides for line in verdict(side, answer[side]))])
+    told = [line for side in sides for line in verdict(side, answer[side])]
+    return "\n".join([head, "", aligned(rows), "", *told, *(f"note: {note}" for note in answer["notes"])])
 
 
 def term_rows(terms_of_sides: Sequence[Mapping[str, int]]) -> list[list[str]]:
@@ -169,9 +174,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def as_json(answers: Sequence[Mapping[str, Any]]) -> str:
+def as_json(answers: Sequence[Mapping[str, Any]], several: bool) -> str:
     """The answers as JSON: an object, or a list of them for a sweep."""
-    return json.dumps(answers[0] if len(answers) == 1 else list(answers), indent=2)
+    return json.dumps(list(answers) if several else answers[0], indent=2)
 
 
 def draw(answers: Sequence[Mapping[str, Any]], file: str) -> None:

@@ -37,6 +37,7 @@ class Question:
     seq_len: int
     num_ranks: int
     nodes: int
+    ranks_per_node: int
     depth: int
     form: str
     rank: int | None
@@ -104,11 +105,25 @@ def attack_plans(question: Question) -> dict[str, Plan]:
             seq_len=question.seq_len,
             num_ranks=question.num_ranks,
             nodes=question.nodes,
+            ranks_per_node=question.ranks_per_node,
             attention=question.attention,
             device=question.device,
         )
         for side, shape in sides(question).items()
     }
+
+
+def notes(question: Question) -> list[str]:
+    """What of a plan is not exact to the byte for this model, one sentence each."""
+    found, parts, config = [], layout(question.config, shapes.model_shape(question.config)), question.config
+    if parts.kv_heads == 1 and parts.fused:
+        found.append("No fused kernel takes attention with Falcon's single key head: fp32 copies are not counted.")
+    window = config.get("sliding_window")
+    if window and question.seq_len > window and config.get("use_sliding_window", True):
+        found.append(f"Sequences are longer than the sliding window ({window}): its mask is not counted.")
+    if parts.dropout["attention"] and question.attention == "sdpa":
+        found.append("Attention has a dropout: what a fused kernel keeps for it is not counted.")
+    return found
 
 
 def lock_plan(question: Question, harden: bool = True, heal: bool = True) -> LockPlan:
@@ -138,6 +153,7 @@ def lock_plan(question: Question, harden: bool = True, heal: bool = True) -> Loc
         seq_len=question.seq_len,
         num_ranks=question.num_ranks,
         nodes=question.nodes,
+        ranks_per_node=question.ranks_per_node,
         attention=question.attention,
         device=question.device,
         harden=harden,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dlrscale.planner.hardware import Hardware
+from dlrscale.planner.locking import LockPlan
 from dlrscale.planner.model import DTYPE_BYTES
 from dlrscale.planner.plan import Plan
 
@@ -10,13 +11,16 @@ from dlrscale.planner.plan import Plan
 def step_bounds(plan: Plan, hardware: Hardware) -> dict[str, float]:
     """Seconds that an optimizer step takes at least on each resource; a rate that is not known gives no entry.
 
-    - `compute`: all FLOPs of a rank, what is run again included, over the dense 16-bit rate; not for fp32.
+    - `compute`: all FLOPs of a rank, what is run again included, over the dense 16-bit rate; not for fp32. Of fused
+      attention, whose kernel leaves the masked half out, half.
     - `memory`: weights read in forward, backward and, with checkpointing, once more; saved tensors written and read;
       master weights and optimizer states read and written.
-    - `links`: what a ring moves per device: gradients once summed and weights once gathered, 2 (W - 1) / W e T; at
-      stage 3 weights gathered in forward and backward, 2 (W - 1) / W e (T + F), and gradients summed once.
-    - `host`: gradients to the host and weights back, where the optimizer is offloaded; shares of the weights twice
-      more, where they are.
+    - `links` within a host, `network` between hosts: what a ring or its like must move per device. Gradients are summed
+      and weights gathered once, 2 (W - 1) / W e T; at stage 3 weights that do not stay whole are gathered in forward
+      and backward, 2 (W - 1) / W e (T + F), and gradients summed once. Between M hosts (M - 1) / M of it crosses,
+      shared by the devices of a host, each with its own port.
+    - `host`: the larger of both directions. With an offloaded optimizer gradients go to the host, and weights come back
+      unless they live there; with offloaded parameters these come in forward and backward.
 
     Args:
         plan: The plan of an attack.
@@ -25,30 +29,57 @@ def step_bounds(plan: Plan, hardware: Hardware) -> dict[str, float]:
     Returns:
         Seconds by resource.
     """
-    size, ranks, stage = DTYPE_BYTES[plan.dtype], plan.num_ranks, plan.stage
-    flops, kept = plan.activations.flops(), plan.activations
+    size, ranks = DTYPE_BYTES[plan.dtype], plan.num_ranks
+    kept = plan.activations
     total, trained = plan.model.total * size, plan.model.trained * size
-    passes = 3 if plan.checkpointing == "layer" else 2
-    ring = (ranks - 1) / ranks
+    checkpointed = plan.checkpointing == "layer"
     states = sum(plan.states[name].device for name in ("master", "optimizer"))
-    moved = passes * total + 2 * (kept.held_bytes + (sum(kept.layer_bytes) if plan.checkpointing == "layer" else 0))
-    on_links = ring * (2 * total + trained) if stage == 3 else 2 * ring * trained
-    on_host = sum(2 * trained / ranks for name in ("offload_optimizer",) if plan.offloads(name))
-    on_host += 2 * plan.accumulation * total / ranks if plan.offloads("offload_param") else 0
-    link = hardware.node_link_bytes_per_s if plan.nodes > 1 else hardware.link_bytes_per_s
+    moved = (3 if checkpointed else 2) * total + 2 * (kept.held_bytes + (sum(kept.layer_bytes) if checkpointed else 0))
+    if plan.stage == 3:
+        on_links = plan.accumulation * (2 * max(0, total - size * plan.stays_whole) + trained)
+    else:
+        on_links = 2 * trained
+    to_host = trained / ranks if plan.offloads("offload_optimizer") else 0
+    from_host = 2 * plan.accumulation * total / ranks if plan.offloads("offload_param") else to_host
+    crossing = (plan.nodes - 1) / plan.nodes * on_links / plan.ranks_per_node
     work = {
-        "compute": (plan.accumulation * sum(flops.values()), hardware.bf16_flops_per_s if size == 2 else None),
+        "compute": (plan.accumulation * least_flops(plan), hardware.bf16_flops_per_s if size == 2 else None),
         "memory": (plan.accumulation * moved + 2 * states, hardware.bandwidth_bytes_per_s),
-        "links": (on_links * (plan.accumulation if stage == 3 else 1), link),
-        "host": (on_host, hardware.host_link_bytes_per_s),
+        "links": ((ranks - 1) / ranks * on_links if plan.nodes == 1 else 0, hardware.link_bytes_per_s),
+        "network": (crossing, hardware.node_link_bytes_per_s),
+        "host": (max(to_host, from_host), hardware.host_link_bytes_per_s),
     }
     return {name: amount / rate for name, (amount, rate) in work.items() if rate and amount}
 
 
+def least_flops(plan: Plan) -> float:
+    """FLOPs of a micro-batch that cannot be left out: of fused attention the half that no mask hides."""
+    flops = plan.activations.flops()
+    hidden = plan.activations.fused_flops() / 2
+    return sum(flops.values()) - hidden
+
+
+def lock_bounds(plan: LockPlan, hardware: Hardware) -> dict[str, float]:
+    """Seconds that the FLOPs of a distilling and of a healing step take at least, in 16 bits.
+
+    Args:
+        plan: The plan of a lock.
+        hardware: The device.
+
+    Returns:
+        Seconds by stage; empty for fp32 and where the rate is not known.
+    """
+    rate = hardware.bf16_flops_per_s if DTYPE_BYTES[plan.dtype] == 2 else None
+    return {stage: plan.accumulation * sum(flops.values()) / rate for stage, flops in plan.flops().items() if rate}
+
+
 def hours(plan: Plan, hardware: Hardware, tokens: int) -> dict[str, float]:
     """Device-hours, and where the hardware has a price the cost, of training on some tokens at the least time."""
+    bounds = step_bounds(plan, hardware)
+    if not bounds:
+        return {}
     steps = -(-tokens // plan.tokens_per_step)
-    found = {"device_hours": steps * max(step_bounds(plan, hardware).values(), default=0.0) * plan.num_ranks / 3600}
+    found = {"device_hours": steps * max(bounds.values()) * plan.num_ranks / 3600}
     if hardware.cost_per_hour is not None:
         found["cost"] = found["device_hours"] * hardware.cost_per_hour
     return found

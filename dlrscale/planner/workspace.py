@@ -10,6 +10,7 @@ from dlrscale.planner import forward
 from dlrscale.planner.activations import Activations
 from dlrscale.planner.forward import Pass
 from dlrscale.planner.tape import FP32
+from dlrscale.shapes import FORMS
 
 
 def logits_bytes(run: Pass) -> int:
@@ -37,27 +38,34 @@ def loss_backward_bytes(run: Pass) -> int:
     return max(*found, 3 * total - gone)
 
 
-def layer_bytes(kept: Activations, layer: int) -> int:
-    """Beside what is saved, at the highest moment of a layer's backward.
+def mlp_bytes(kept: Activations, layer: int) -> int:
+    """Beside what is saved, at the highest moment of the backward of a layer's MLP or DLR-Net; one formula for both.
 
-    In an MLP the gradient of the stream and those of product, activation and up (of two matrices the last two), when
-    the input of the last map has gone, and that of a trained last map's weights. In a DLR-Net either the last block's,
-    of d and inside, or, when the last block's D + 4 R saved elements have gone, those of d, x and u, the scaled one of
-    d and the sum of both; adapters add their branches' own. Written-out attention has two fp32 gradients
-    of all pairs, when what the MLP saved has gone.
+    An MLP is one block of width R = F. In the last block: the gradient of the stream, and of product, activation and up
+    (of two matrices the last two), when the input of the last map has gone. Or one block later, when the last block's
+    saved elements have gone: the gradients of d, x and u, the scaled one of d and the sum of both. Adapters add their
+    branches' two of the stream.
     """
-    run, shape = kept.run, kept.run.shape
-    tokens = run.batch * run.length
-    trained, adapted = ("mlp" in parts for parts in (run.training.trained, run.training.adapted))
-    weights = 0
-    if shape.ranks and layer in shape.ranks:
-        rank = shape.ranks[layer][-1]
-        elements = max((1 + adapted) * (shape.width + 2 * rank), (4 + 2 * adapted) * shape.width - 4 * rank)
-    else:
-        elements = shape.width + (3 if shape.family.gated else 2) * shape.inner - (trained or adapted) * shape.inner
-        weights = trained * shape.width * shape.inner
-    mlp = (tokens * elements + weights) * run.size
-    if run.attention != "eager":
-        return mlp
-    pairs = 2 * run.batch * run.parts.heads * run.length**2 * FP32
-    return max(mlp, pairs - kept.layers[layer].tape.by_part().get("mlp", 0))
+    run, shape, training = kept.run, kept.run.shape, kept.run.training
+    form = FORMS[shape.form] if shape.ranks and layer in shape.ranks else None
+    ranks = shape.ranks[layer] if form else (shape.inner,)
+    gated = form.gated if form else shape.family.gated
+    changed, rank = "mlp" in training.trained | training.adapted, ranks[-1]
+    elements = shape.width + (3 if gated else 2) * rank - changed * rank
+    if len(ranks) > 1:
+        gone = changed * (shape.width + rank) + (3 if gated else 1) * rank
+        elements = max(elements, (5 + 2 * ("mlp" in training.adapted)) * shape.width - gone)
+    return run.batch * run.length * elements * run.size
+
+
+def attention_bytes(kept: Activations) -> int:
+    """Beside what is saved, at the highest moment of the backward of a layer's attention.
+
+    The gradients of the stream, of the output map's input, and of q, k and v; written out, two fp32 gradients of all
+    pairs.
+    """
+    run, parts = kept.run, kept.run.parts
+    inner, narrow = parts.heads * parts.head_dim, parts.kv_heads * parts.head_dim
+    tokens = run.batch * run.length * (run.shape.width + 2 * inner + 2 * narrow) * run.size
+    pairs = 2 * run.batch * parts.heads * run.length**2 * FP32 if run.attention == "eager" else 0
+    return tokens + pairs

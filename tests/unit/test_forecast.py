@@ -95,12 +95,15 @@ def test_a_lock_has_a_plan(lock_config, llama_folder):
     assert "heal" not in forecast.forecast(unhealed, engine.merge(unhealed)).needs.phases
 
 
-def test_hosts_are_counted_in_the_hostfile(attack, tmp_path):
+def test_hosts_are_counted_in_the_hostfile(attack, tmp_path, monkeypatch):
     config, _ = attack
-    assert forecast.nodes(config) == 1
+    assert forecast.hosts(config) == (1, 2)
     hosts = tmp_path / "hosts"
-    hosts.write_text("# two\na slots=1\n\nb slots=1\n")
-    assert forecast.nodes(dataclasses.replace(config, hostfile=str(hosts))) == 2
+    hosts.write_text("# two\na slots=8\n\nb slots=2\n")
+    assert forecast.hosts(dataclasses.replace(config, hostfile=str(hosts), num_ranks=10)) == (2, 8)
+    for key, value in (("RANK", "0"), ("LOCAL_SIZE", "8")):  # a direct launch on two hosts
+        monkeypatch.setenv(key, value)
+    assert forecast.hosts(dataclasses.replace(config, num_ranks=16)) == (2, 8)
 
 
 def test_measurement_beside_the_plan(attack):

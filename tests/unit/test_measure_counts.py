@@ -73,9 +73,10 @@ def test_attention_counts_the_same_whatever_kernel_runs(make_llama, implementati
 def test_no_mfu_without_a_known_peak(monkeypatch):
     counted = Flops()
     counted.forward, counted.backward, counted.recompute = 200, 400, 10**9
-    assert counted.mfu(1.0, torch.device("cpu")) is None
+    assert counted.mfu(1.0, torch.device("cpu"), "bf16") is None
     monkeypatch.setattr(flops, "peak_flops", lambda device: 1200.0)
-    assert counted.mfu(0.5, torch.device("cuda")) == 1.0
+    assert counted.mfu(0.5, torch.device("cuda"), "bf16") == 1.0
+    assert counted.mfu(0.5, torch.device("cuda"), "fp32") is None
 
 
 def test_live_bytes_by_hand():

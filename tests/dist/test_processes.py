@@ -146,6 +146,18 @@ def test_a_launcher_that_is_not_there(job, monkeypatch):
         launcher.run(config)
 
 
+def test_deepspeed_comes_without_what_only_its_unused_parts_need():
+    """Half of its time: MLflow, which a rank may still import, and torch's compiler, which others may still use."""
+    code = (
+        "import sys; from dlrscale.engine import devices; devices.import_deepspeed()\n"
+        "assert 'deepspeed.runtime.zero.muon.muon_optimizer' in sys.modules\n"
+        "assert not {'mlflow', 'torch._inductor.compile_fx'} & set(sys.modules)\n"
+        "import torch; from deepspeed.runtime import compiler; assert compiler.compile() is torch.compile\n"
+        "import mlflow; mlflow.MlflowClient"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 GUARDED = """
 import os, sys, time
 from pathlib import Path

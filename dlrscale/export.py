@@ -72,8 +72,8 @@ def _finish(model: PreTrainedModel, state: dict[str, torch.Tensor], source: PreT
 def flattened_model(locked: PreTrainedModel) -> PreTrainedModel:
     """Turn every DLR-Net of a locked model into one ordinary MLP of the base's own architecture.
 
-    By form and family (`check_flattens`): gated on a gated MLP and plain on a two-matrix MLP are exact; plain on a
-    gated MLP becomes gate = A, up with weight 0 and bias 1. Layers of unequal widths are zero-padded to the widest.
+    By form and family (`shapes.check_flattens`): gated on a gated MLP and plain on a two-matrix MLP are exact; plain
+    on a gated MLP becomes gate = A, up with weight 0 and bias 1. Layers of unequal widths are zero-padded to the widest.
     What the flat model loses is the coupling alone.
 
     Args:
@@ -88,7 +88,7 @@ def flattened_model(locked: PreTrainedModel) -> PreTrainedModel:
     shape = shapes.model_shape(locked.config.to_dict())
     if not shape.locked:
         raise SurgeryError("flatten: the model is not locked; there is nothing to flatten.")
-    check_flattens(shape)
+    shapes.check_flattens(shape)
     biased = _needs_bias(shape)
     left = models.find_mlps(locked, shape, (i for i in range(shape.layers) if i not in shape.ranks))
     flat = {layer: models.mlp_weights(mlp, shape.family) for layer, mlp in left.items()}
@@ -109,30 +109,6 @@ def flattened_model(locked: PreTrainedModel) -> PreTrainedModel:
         home = shape.family.home(layer)
         state |= {f"{home}.{k}": v for k, v in _mlp_state(weights, shape.family, inner, biased).items()}
     return _finish(model, state, locked)
-
-
-def check_flattens(shape: ModelShape) -> None:
-    """Refuse, from the shape alone, a model whose DLR-Nets are no ordinary MLPs of its family.
-
-    Args:
-        shape: The shape of a locked model.
-
-    Raises:
-        SurgeryError: If the form divides per token (prenorm), is gated where MLPs have two matrices, or is plain
-            where they are gated and the family's configuration knows no biases in them.
-    """
-    form, family, why = shapes.FORMS[shape.form], shape.family, None
-    if form.norm:
-        why = "divides each token by its own norm"
-    elif form.gated and not family.gated:
-        why = "has a third matrix"
-    elif family.gated and not form.gated and not isinstance(family.bias, str):
-        why = "needs biases, which its config.json cannot give to an MLP,"
-    if why:
-        raise SurgeryError(
-            f"--strategy flatten: the form {form.name} {why} and is no ordinary MLP of {family.model_type}. "
-            "Regress one on it instead (undistil), or choose another --strategy."
-        )
 
 
 def _base_class(family: Family) -> type[PreTrainedModel]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dlrscale import catalogue, data, engine, export, folders, launcher, models, record, shapes, tracking
+from dlrscale import catalogue, data, engine, folders, launcher, models, record, shapes, tracking
 from dlrscale import config as configuration
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
@@ -81,7 +81,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
             )
     elif shape.locked and catalogue.strategy(config.strategy).transform == "flatten":
         models.check_generation(config.model)
-        export.check_flattens(shape)
+        shapes.check_flattens(shape)
     if config.data:
         load_corpora(config, models.load_tokenizer(config.model))
     return merged

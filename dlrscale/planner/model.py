@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 from dlrscale import catalogue, shapes
-from dlrscale.errors import SurgeryError
 from dlrscale.planner.tape import Training
 from dlrscale.shapes import ModelShape
 from dlrscale.shapes.layout import Layout, layer_tensors, layout, maps, parameters
@@ -105,9 +104,8 @@ def flat_shape(locked: ModelShape) -> ModelShape:
     Raises:
         SurgeryError: If the form is no ordinary MLP of the family.
     """
+    shapes.check_flattens(locked)
     form, family = shapes.FORMS[locked.form], locked.family
-    if form.norm or (form.gated and not family.gated):
-        raise SurgeryError(f"--strategy flatten: the form {form.name} is no ordinary MLP of {family.model_type}.")
     widths = [sum(ranks) for ranks in locked.ranks.values()]
     if len(locked.ranks) < locked.layers:
         widths.append(locked.inner)

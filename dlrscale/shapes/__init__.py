@@ -250,6 +250,30 @@ def param_ratio(form: str, shape: ModelShape, ranks: Sequence[int]) -> float:
     return dlr_params(form, shape.width, ranks, shape.mlp_bias) / shape.mlp_params
 
 
+def check_flattens(shape: ModelShape) -> None:
+    """Refuse, from the shape alone, a model whose DLR-Nets are no ordinary MLPs of its family.
+
+    Args:
+        shape: The shape of a locked model.
+
+    Raises:
+        SurgeryError: If the form divides per token (prenorm), is gated where MLPs have two matrices, or is plain
+            where they are gated and the family's configuration knows no biases in them.
+    """
+    form, family, why = FORMS[shape.form], shape.family, None
+    if form.norm:
+        why = "divides each token by its own norm"
+    elif form.gated and not family.gated:
+        why = "has a third matrix"
+    elif family.gated and not form.gated and not isinstance(family.bias, str):
+        why = "needs biases, which its config.json cannot give to an MLP,"
+    if why:
+        raise SurgeryError(
+            f"--strategy flatten: the form {form.name} {why} and is no ordinary MLP of {family.model_type}. "
+            "Regress one on it instead (undistil), or choose another --strategy."
+        )
+
+
 def mlp_saved_elements(
     gated: bool, width: int, inner: int, activation: str, trainable: bool = True, fused: bool = False
 ) -> int:

@@ -290,10 +290,10 @@ def test_which_forms_flatten(make_model, family):
 
     for form, allowed in fits.items():
         if allowed:
-            export.check_flattens(replace(shape, form=form))
+            shapes.check_flattens(replace(shape, form=form))
             continue
         with pytest.raises(SurgeryError) as error:
-            export.check_flattens(replace(shape, form=form))
+            shapes.check_flattens(replace(shape, form=form))
         assert all(part in str(error.value) for part in (form, family, "undistil"))
 
 

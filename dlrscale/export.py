@@ -73,7 +73,8 @@ def flattened_model(locked: PreTrainedModel) -> PreTrainedModel:
     """Turn every DLR-Net of a locked model into one ordinary MLP of the base's own architecture.
 
     By form and family (`shapes.check_flattens`): gated on a gated MLP and plain on a two-matrix MLP are exact; plain
-    on a gated MLP becomes gate = A, up with weight 0 and bias 1. Layers of unequal widths are zero-padded to the widest.
+    on a gated MLP becomes gate = A, up with weight 0 and bias 1. Layers of unequal widths are zero-padded to the
+    widest.
     What the flat model loses is the coupling alone.
 
     Args:

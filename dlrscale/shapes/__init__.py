@@ -151,9 +151,9 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
     """
     family = find_family(config)
     sizes = [family.layers, family.width] + ([] if family.inner_default else [family.inner])
-    missing = [key for key in sizes if not isinstance(config.get(key), int)]
+    missing = [key for key in sizes if not isinstance(config.get(key), int) or config[key] < 1]
     if missing:
-        raise SurgeryError(f"config.json of a {family.model_type} model lacks {', '.join(missing)}.")
+        raise SurgeryError(f"config.json of a {family.model_type} model lacks {', '.join(missing)}. Copy it again.")
     width = config[family.width]
     if config.get("layerdrop"):
         raise SurgeryError(

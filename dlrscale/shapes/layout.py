@@ -65,12 +65,11 @@ def layout(config: Mapping[str, Any], shape: ModelShape) -> Layout:
         The layout.
 
     Raises:
-        SurgeryError: If the number of heads is missing or does not divide.
+        SurgeryError: If a number is missing, of another kind or out of range, or heads do not divide.
     """
     name = shape.family.model_type
-    heads = config.get("n_head" if name == "gpt2" else "num_attention_heads")
-    if not isinstance(heads, int) or heads < 1:
-        raise SurgeryError(f"config.json of a {name} model lacks its number of attention heads.")
+    check(config, shape)
+    heads = config["n_head" if name == "gpt2" else "num_attention_heads"]
     head_dim = config.get("head_dim") or {"gemma": 256, "qwen3": 128}.get(name) or shape.width // heads
     usual_kv = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16}.get(name, heads)
     values: dict[str, Any] = {
@@ -112,6 +111,39 @@ def layout(config: Mapping[str, Any], shape: ModelShape) -> Layout:
     elif name == "falcon":
         values |= _falcon(config, heads)
     return Layout(**values)
+
+
+def check(config: Mapping[str, Any], shape: ModelShape) -> None:
+    """Refuse numbers of a configuration that no model can have.
+
+    Args:
+        config: The content of a config.json.
+        shape: The model's shape.
+
+    Raises:
+        SurgeryError: With all that is wrong.
+    """
+    name = shape.family.model_type
+    key = "n_head" if name == "gpt2" else "num_attention_heads"
+    heads, faults = config.get(key), []
+    wanted = {key: heads, "vocab_size": shape.vocabulary, shape.family.layers: shape.layers}
+    optional = ("head_dim", "num_key_value_heads", "num_kv_heads", "word_embed_proj_dim")
+    wanted |= {k: config[k] for k in optional if config.get(k) is not None}
+    for k, value in wanted.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            faults.append(f"config.json: {k} is {value!r}: must be a whole number of at least 1. Copy the file again.")
+    for k, value in config.items():
+        if k.endswith(("dropout", "pdrop")) and not isinstance(value, (int, float, type(None))):
+            faults.append(f"config.json: {k} is {value!r}: must be a number. Copy the file again.")
+    if not isinstance(config.get("rope_parameters") or {}, Mapping):
+        faults.append("config.json: rope_parameters is no object. Copy the file again.")
+    if not faults and not config.get("head_dim") and name not in ("gemma", "qwen3") and shape.width % heads:
+        faults.append(f"config.json: {shape.family.width} {shape.width} is no multiple of {key} {heads}.")
+    shared = config.get("num_key_value_heads") if name not in ("gpt2", "opt", "falcon", "gpt_neox") else None
+    if not faults and shared and heads % shared:
+        faults.append(f"config.json: {key} {heads} is no multiple of num_key_value_heads {shared}.")
+    if faults:
+        raise SurgeryError(faults)
 
 
 def rotary_fraction(name: str, config: Mapping[str, Any]) -> float:

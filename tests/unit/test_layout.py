@@ -81,7 +81,22 @@ def test_maps_are_the_linear_maps_of_the_layers(make_model, family, changes):
     assert planned == found
 
 
-def test_a_configuration_without_heads_is_refused(make_llama):
-    config = make_llama().config.to_dict() | {"num_attention_heads": None}
-    with pytest.raises(SurgeryError, match="attention heads"):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_attention_heads": None}, "num_attention_heads is None"),
+        ({"num_attention_heads": 64000, "head_dim": None}, "no multiple of num_attention_heads"),
+        ({"num_attention_heads": 5, "head_dim": None}, "no multiple of num_attention_heads"),
+        ({"head_dim": "8"}, "head_dim is '8'"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'"),
+        ({"num_key_value_heads": 3}, "no multiple of num_key_value_heads"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"attention_dropout": "a"}, "attention_dropout is 'a'"),
+        ({"rope_parameters": "x"}, "rope_parameters"),
+        ({"hidden_size": -4}, "lacks hidden_size"),
+    ],
+)
+def test_a_configuration_that_no_model_can_have_is_refused(make_llama, changes, said):
+    config = make_llama().config.to_dict() | changes
+    with pytest.raises(SurgeryError, match=said):
         layout.layout(config, shapes.model_shape(config))

@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from dlrscale import __version__, catalogue, launcher
-from dlrscale.cli.options import DATA_OPTIONS, ENGINE_OPTIONS, PATH, RUN_OPTIONS, TRAIN_OPTIONS
+from dlrscale.cli.measure import measure
+from dlrscale.cli.options import DATA_OPTIONS, ENGINE_OPTIONS, PATH, PLAN_OPTIONS, RUN_OPTIONS, TRAIN_OPTIONS
 from dlrscale.cli.plan import plan
 from dlrscale.errors import ConfigError, DlrscaleError, JobError, describe
 
@@ -27,6 +28,7 @@ def dlrscale() -> None:
 
     \b
     dlrscale demo                 the whole line on an embedded model, in minutes, without a download
+    dlrscale plan --help          what base and locked model will need, without a GPU
     dlrscale lock --help          replace a model's MLPs by deep low-rank residual networks
     dlrscale attack --help        fine-tune base and locked model by one strategy, on DeepSpeed
     dlrscale measure --help       memory, time and FLOPs of a few such steps, and the speed of inference
@@ -36,6 +38,7 @@ def dlrscale() -> None:
 
 
 dlrscale.add_command(plan)
+dlrscale.add_command(measure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,6 +118,7 @@ def _say(message: str) -> None:
 @click.option("--heal-lr", type=float, default=1e-3, show_default=True)
 @RUN_OPTIONS
 @ENGINE_OPTIONS
+@PLAN_OPTIONS
 def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     """Lock a model: distil a DLR-Net for each MLP, heal, evaluate, export.
 
@@ -163,6 +167,7 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
 @click.option("--save-model", is_flag=True, help="Write the attacked model to <out>/model, beside the adapters.")
 @RUN_OPTIONS
 @ENGINE_OPTIONS
+@PLAN_OPTIONS
 def attack(
     base: str | None,
     strategy: str,
@@ -459,8 +464,3 @@ def demo(out: str, tracking_uri: str | None) -> None:
     from dlrscale.cli.demo import run_demo
 
     run_demo(Path(out), tracking_uri)
-
-
-from dlrscale.cli.measure import measure  # noqa: E402
-
-dlrscale.add_command(measure)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dlrscale.cli.options import ENGINE_OPTIONS, PATH
+from dlrscale.cli.options import ENGINE_OPTIONS, PATH, PLAN_OPTIONS
 from dlrscale.errors import ConfigError
 
 
@@ -52,6 +52,7 @@ def parse_batches(text: str) -> list[int]:
     "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="[default: bf16 on an accelerator, fp32 on the CPU]"
 )
 @ENGINE_OPTIONS
+@PLAN_OPTIONS
 def measure(
     base: str | None,
     strategy: str,

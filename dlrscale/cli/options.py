@@ -84,13 +84,15 @@ ENGINE_OPTIONS = options(
     ),
     click.option("--hostfile", type=PATH, help="DeepSpeed hostfile, for several nodes."),
     click.option("--tracking-uri", help="MLflow store, or none.  [default: sqlite in ./results]"),
-    click.option("--hardware", help="Device that the job must fit (docs/hardware.md).  [default: the one in use]"),
-    click.option("--hardware-file", type=PATH, help="A file of your own devices."),
-    click.option("--force", is_flag=True, help="Run where the plan says that it cannot fit."),
     click.option("--local_rank", type=int, hidden=True, help="What the DeepSpeed launcher adds by itself."),
     click.option(
         "--dry-run",
         is_flag=True,
         help="Print the merged DeepSpeed configuration, the launch line and the predicted peak; run nothing.",
     ),
+)
+PLAN_OPTIONS = options(
+    click.option("--hardware", help="Device that the job must fit (docs/hardware.md).  [default: the one in use]"),
+    click.option("--hardware-file", type=PATH, help="A file of your own devices."),
+    click.option("--force", is_flag=True, help="Run where the plan says that it cannot fit."),
 )

@@ -25,9 +25,8 @@ from dlrscale.jobs.common import (
     whole_state,
 )
 from dlrscale.measure import SavedBytes
+from dlrscale.planner.states import DTYPE_BYTES
 from dlrscale.train import LanguageModelling, Loop, Stage
-
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def attack(run_: Run) -> None:

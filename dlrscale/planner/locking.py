@@ -10,9 +10,8 @@ from typing import Any
 from dlrscale.planner import forward, workspace
 from dlrscale.planner.activations import Activations
 from dlrscale.planner.forward import Pass
-from dlrscale.planner.model import DTYPE_BYTES
 from dlrscale.planner.needs import Needs, states_in
-from dlrscale.planner.states import BACKWARD, STEP, Term, Weight, model_states, zero3_linear
+from dlrscale.planner.states import BACKWARD, DTYPE_BYTES, STEP, Term, Weight, model_states, zero3_linear
 from dlrscale.planner.tape import FP32, Tape, Training
 from dlrscale.shapes import ModelShape
 from dlrscale.shapes.layout import Layout, layer_tensors, parameters

@@ -13,8 +13,6 @@ from dlrscale.planner.tape import Training
 from dlrscale.shapes import ModelShape
 from dlrscale.shapes.layout import Layout, layer_tensors, layout, maps, parameters
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Model:

@@ -14,9 +14,19 @@ from typing import Any
 from dlrscale.planner import workspace
 from dlrscale.planner.activations import Activations
 from dlrscale.planner.forward import Pass
-from dlrscale.planner.model import DTYPE_BYTES, Model
+from dlrscale.planner.model import Model
 from dlrscale.planner.needs import Needs, states_in
-from dlrscale.planner.states import ALWAYS, BACKWARD, FORWARD, STEP, Term, Weight, model_states, zero3_linear
+from dlrscale.planner.states import (
+    ALWAYS,
+    BACKWARD,
+    DTYPE_BYTES,
+    FORWARD,
+    STEP,
+    Term,
+    Weight,
+    model_states,
+    zero3_linear,
+)
 from dlrscale.shapes.layout import parameters
 
 
@@ -99,13 +109,14 @@ class Plan:
 
         Saved tensors go layer by layer while gradients come, in proportion to the trained parameters gone through,
         where they are not held for good: that of the last map stands beside all that its layer saved, the others of an
-        MLP at the latest when what it saved has gone. At the loss there are none yet, and nothing is done with them
-        (`backward`). Stage 0 sums them when all are there, in a flat copy (`buckets`).
+        MLP at the latest when what it saved has gone. At the loss there are none yet, nothing is done with them
+        (`backward`), and DeepSpeed asks for buckets with the first of them. Stage 0 sums them when all are there, in a
+        flat copy (`buckets`).
         """
         kept, always = self.activations, states_in(self.states, BACKWARD)
         whole, summing = always.pop("gradients"), {"buckets": always["buckets"]}
         always |= {} if self.stage else {"buckets": 0}
-        growing = self.states["gradients"].during != ALWAYS
+        growing, asked_for = self.states["gradients"].during != ALWAYS, self.states["buckets"].during == (BACKWARD,)
 
         def moment(done: int, saved: int, beside: str, size: int) -> dict[str, int]:
             grown = whole * done // max(1, self.model.trained) if growing else whole
@@ -113,7 +124,7 @@ class Plan:
 
         done = self._trained("head") + (self._trained("embedding") if self.model.shape.tied else 0)
         at_loss = moment(0, kept.held_bytes, "logits and loss", workspace.loss_backward_bytes(kept.run))
-        moments = [at_loss | {"backward": 0}]
+        moments = [at_loss | dict.fromkeys(("backward", *(["buckets"] if asked_for else [])), 0)]
         of_mlp, of_layer = self.model.trained_by_layer()
         for layer in reversed(range(self.model.shape.layers)):
             alive, beside = kept.alive_bytes(layer), workspace.attention_bytes(kept)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dlrscale.planner.hardware import Hardware
 from dlrscale.planner.locking import LockPlan
-from dlrscale.planner.model import DTYPE_BYTES
 from dlrscale.planner.plan import Plan
+from dlrscale.planner.states import DTYPE_BYTES
 
 
 def step_bounds(plan: Plan, hardware: Hardware) -> dict[str, float]:

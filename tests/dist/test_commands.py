@@ -218,6 +218,7 @@ def test_divergence_is_an_outcome(locked: Path, place: Path) -> None:
     entry = json.loads(text, parse_constant=lambda word: pytest.fail(word))
     assert entry["outcome"] == "diverged"
     assert "loss is" in entry["error"]
+    assert entry["plan"]["error_percent"]["saved_bytes"] == 0  # measured all the same
 
 
 @pytest.fixture(scope="module")

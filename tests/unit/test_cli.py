@@ -469,6 +469,17 @@ def test_a_job_that_cannot_fit_stops_with_exit_code_3(call, place, llama_folder,
         call(*line, "--force")
 
 
+def test_all_jobs_of_a_command_are_planned_before_the_first_runs(call, place, llama_folder, locked_folder, tmp_path):
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({"tiny": {"memory_bytes": 2**29, "host_memory_bytes": 2**40, "devices_per_node": 1}}))
+    line = [*attack_line(place, locked_folder), "--base", llama_folder, "--strategy", "full"]
+    code, _, err = call(*line, "--hardware", "tiny", "--hardware-file", small)
+    assert code == 3
+    assert "full-base cannot fit" in err
+    assert "full-locked-k4 cannot fit" in err
+    assert written(place[0]) == []
+
+
 def test_a_folder_of_another_run_is_refused(call, place, llama_folder, tmp_path):
     out = tmp_path / "taken"
     configuration.claim_folder(out, "1" * 64, "f" * 64)

@@ -32,7 +32,7 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch
     places = (targets != IGNORE).nonzero().squeeze(1)
     total = rows[:0].float().sum()
     for chunk in places.split(max(1, _CHUNK_ELEMENTS // vocabulary)):
-        # Not rows[chunk], whose backward is several times slower; without a name, so that it is freed in time.
+        # Not rows[chunk], whose backward is several times slower. Freed before the next chunk asks for as much.
         logits_fp32 = rows.index_select(0, chunk).float()
         total = total + functional.cross_entropy(logits_fp32, targets[chunk], reduction="sum")
         del logits_fp32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from dlrscale.jobs.common import (
     whole_state,
 )
 from dlrscale.measure import SavedBytes
-from dlrscale.planner.states import DTYPE_BYTES
+from dlrscale.planner.states import DTYPE_BYTES, zero3_linear
 from dlrscale.train import LanguageModelling, Loop, Stage
 
 
@@ -75,11 +77,12 @@ def attack(run_: Run) -> None:
         with run_.phases.phase("evaluate"):
             run_.metrics |= evaluate()
     except BaseException:
-        compare(run_, objective.seen, alone=True)
+        with suppress(Exception):  # whatever fails here must not hide how the run ended
+            compare(run_, objective.seen, alone=True)
         raise
     finally:
         run_.metrics |= loop.summary("train") | loop.state["start"] | objective.counted
-        run_.metrics |= saved_formula(config, shape, entry)
+        run_.metrics |= saved_formula(config, run_.ds_config, shape)
     compare(run_, objective.seen)
     with run_.phases.phase("save"):
         save(run_, ds, model, folder, tokenizer)
@@ -189,18 +192,19 @@ def mlp_parts(model: nn.Module, shape: shapes.ModelShape) -> dict[str, nn.Module
     }
 
 
-def saved_formula(config: AttackConfig, shape: shapes.ModelShape, entry: catalogue.Strategy) -> dict[str, float]:
+def saved_formula(config: AttackConfig, ds_config: Mapping[str, Any], shape: shapes.ModelShape) -> dict[str, float]:
     """Derived bytes per token saved by all MLP parts, for strategies that keep them.
 
     Left out where layers are checkpointed, where adapters sit inside the MLPs, and where a dropout is on, in the
     MLPs (its mask's size depends on the device) or before adapters that would keep the MLP's own input.
     """
+    trainable = catalogue.strategy(config.strategy).trainable
     dropout = shape.dropout or (shape.shared_input and config.knobs.get("dropout"))
-    if config.activation_checkpointing != "none" or entry.trainable == "lora" or dropout:
+    if config.activation_checkpointing != "none" or trainable == "lora" or dropout:
         return {}
     size, total = DTYPE_BYTES[config.dtype], 0
     for layer in range(shape.layers):
-        # DeepSpeed's linear of ZeRO-3 keeps its input also where its weight is frozen; GPT-2's Conv1D is none.
-        kept = config.zero == 3 and not (shape.family.transposed and layer not in shape.ranks)
-        total += shapes.saved_bytes(shape, layer, size, entry.trainable == "all" or kept)
+        # DeepSpeed's linear map of ZeRO-3 keeps its input also where its weight is frozen.
+        kept = zero3_linear(ds_config) and not (shape.family.own_maps and layer not in shape.ranks)
+        total += shapes.saved_bytes(shape, layer, size, trainable == "all" or kept)
     return {"memory/saved_mlp_bytes_per_token_formula": total}

@@ -11,6 +11,7 @@ from dlrscale import catalogue, engine, launcher, shapes
 from dlrscale.config import AttackConfig, LockConfig, RunConfig
 from dlrscale.errors import PlanError
 from dlrscale.planner import hardware as devices
+from dlrscale.planner.activations import Activations
 from dlrscale.planner.forward import Pass
 from dlrscale.planner.hardware import Hardware
 from dlrscale.planner.locking import LockPlan
@@ -37,14 +38,15 @@ def forecast(config: RunConfig, ds_config: Mapping[str, Any]) -> Plan | LockPlan
         return None
     values = shapes.read_config(config.model)
     shape = shapes.model_shape(values)
+    nodes, ranks_per_node = hosts(config)
     common = {
         "ds_config": ds_config,
         "dtype": config.dtype,
         "micro_batch": config.micro_batch,
         "seq_len": config.seq_len,
         "num_ranks": config.num_ranks,
-        "nodes": hosts(config)[0],
-        "ranks_per_node": hosts(config)[1],
+        "nodes": nodes,
+        "ranks_per_node": ranks_per_node,
         "attention": ATTENTION,
         "device": engine.device_type(),
     }
@@ -210,7 +212,7 @@ def measured(
             label_tokens=counted["labels"],
             masked=counted["masked"],
         )
-        kept = type(plan.activations)(run)
+        kept = Activations(run)
         pairs["saved_bytes"] = (kept.held_bytes, counted["saved_bytes"])
         if "saved_peak_bytes" in counted:
             pairs["saved_peak_bytes"] = (kept.peak_bytes, counted["saved_peak_bytes"])

@@ -53,7 +53,8 @@ def measure(run_: Run) -> None:
     run_.metrics |= timed_steps(loop, stage)
     counts = Counts(ds, objective, batches.step(config.steps), config.dtype)
     with run_.phases.phase("count"):
-        run_.metrics |= counts.saved(mlp_parts(ds.module, shape), run_.out) | saved_formula(config, shape, entry)
+        run_.metrics |= counts.saved(mlp_parts(ds.module, shape), run_.out)
+        run_.metrics |= saved_formula(config, run_.ds_config, shape)
         run_.metrics |= counts.flops(run_.metrics["time/step_s"])
         run_.metrics |= counts.live()
     live = [v for k, v in run_.metrics.items() if k.startswith("memory/live_peak_bytes_")]

@@ -44,11 +44,6 @@ class Pass:
         return Tape(self.batch, self.length, self.size, self.training, self.device, part, self.zero3)
 
     @property
-    def own_maps(self) -> bool:
-        """Whether the base model's maps are no linear maps of torch's."""
-        return self.shape.family.model_type in ("gpt2", "falcon")
-
-    @property
     def labels(self) -> int:
         """Label tokens; the last position of each sequence predicts nothing."""
         return self.batch * (self.length - 1) if self.label_tokens is None else self.label_tokens
@@ -165,7 +160,7 @@ def mlp(tape: Tape, run: Pass, x: Tensor, layer: int) -> Tensor:
         if run.hardened:
             flat_error(tape, shape, x, shape.ranks[layer])
     else:
-        out = base_mlp(tape, shape, x, run.own_maps)
+        out = base_mlp(tape, shape, x, run.shape.family.own_maps)
     out = tape.dropout(out, run.parts.dropout["residual"])
     tape.part = ""
     return out
@@ -234,7 +229,7 @@ def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> T
     tape.part = "attention"
     inner, narrow = parts.heads * parts.head_dim, parts.kv_heads * parts.head_dim
     if parts.fused:
-        q, k, v = split_heads(tape, run, tape.linear(x, width, parts.qkv_width, run.own_maps))
+        q, k, v = split_heads(tape, run, tape.linear(x, width, parts.qkv_width, run.shape.family.own_maps))
     else:
         q, k, v = (tape.linear(x, width, outputs) for outputs in (inner, narrow, narrow))
         q, k, v = (tape.view(t, t.elements, compact=False) for t in (q, k, v))
@@ -247,7 +242,7 @@ def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> T
         q, k = (rotate(tape, parts, t, tables) for t in (q, k))
     fused = run.attention == "sdpa" and not falls_back(run)
     out = fused_attention(tape, run, q, k, v) if fused else eager_attention(tape, run, q, k, v)
-    return tape.linear(out, inner, width, run.own_maps)
+    return tape.linear(out, inner, width, run.shape.family.own_maps)
 
 
 def falls_back(run: Pass) -> bool:

@@ -44,7 +44,21 @@ class Question:
     layers: str | None
     attention: str
     hardware: Hardware
-    device: str = "cuda"
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """What the plans of attacks and locks have in common."""
+        names = (
+            "ds_config",
+            "dtype",
+            "micro_batch",
+            "seq_len",
+            "num_ranks",
+            "nodes",
+            "ranks_per_node",
+            "attention",
+        )
+        return {name: getattr(self, name) for name in names}
 
 
 def read_model(name: str) -> dict[str, Any]:
@@ -98,16 +112,8 @@ def attack_plans(question: Question) -> dict[str, Plan]:
     return {
         side: Plan(
             model=attacked(question.config, shape, entry, question.knobs),
-            ds_config=question.ds_config,
-            dtype=question.dtype,
             checkpointing=question.levers.activation_checkpointing or "none",
-            micro_batch=question.micro_batch,
-            seq_len=question.seq_len,
-            num_ranks=question.num_ranks,
-            nodes=question.nodes,
-            ranks_per_node=question.ranks_per_node,
-            attention=question.attention,
-            device=question.device,
+            **question.setup,
         )
         for side, shape in sides(question).items()
     }
@@ -147,15 +153,7 @@ def lock_plan(question: Question, harden: bool = True, heal: bool = True) -> Loc
         base=base,
         shape=locked_shape(base, question.form, question.depth, question.rank, question.layers),
         parts=layout(question.config, base),
-        ds_config=question.ds_config,
-        dtype=question.dtype,
-        micro_batch=question.micro_batch,
-        seq_len=question.seq_len,
-        num_ranks=question.num_ranks,
-        nodes=question.nodes,
-        ranks_per_node=question.ranks_per_node,
-        attention=question.attention,
-        device=question.device,
+        **question.setup,
         harden=harden,
         heal=heal,
     )

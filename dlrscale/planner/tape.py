@@ -44,9 +44,9 @@ class Tape:
 
     `saved` is bytes by storage with the part that saved it first. `recomputed_flops` are forward's up to the last thing
     that is saved: torch's checkpointing stops there when it runs a part again. `kernel_flops` are what fused kernels
-    compute again inside themselves in backward. `device` is `cuda` or `cpu`, where they
-    differ. `zero3`: DeepSpeed's own function stands in the place of torch's linear map (zero/linear.py,
-    `LinearFunctionForZeroStage3`); it keeps its input, when it has run, also where the weight is frozen.
+    compute again inside themselves in backward. `device` is `cuda` or `cpu`, where they differ. `zero3`: DeepSpeed's
+    own function stands in the place of torch's linear map (zero/linear.py, `LinearFunctionForZeroStage3`); it keeps
+    its input, when it has run, also where the weight is frozen.
     """
 
     batch: int
@@ -141,13 +141,13 @@ class Tape:
     def _joined(self, x: Tensor) -> Tensor:
         return x if x.compact or self.batch == 1 else self.new(x.elements, x.grad, x.size)
 
-    def multiply(self, a: Tensor, b: Tensor, size: int | None = None) -> Tensor:
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """a * b, each kept where the other needs a gradient; the larger one's shape."""
         if b.grad:
             self.save(a)
         if a.grad:
             self.save(b)
-        return self.new(max(a.elements, b.elements), a.grad or b.grad, size or a.size)
+        return self.new(max(a.elements, b.elements), a.grad or b.grad, a.size)
 
     def scale(self, x: Tensor) -> Tensor:
         """x times a number or a buffer without a dimension: nothing that counts is kept."""
@@ -168,11 +168,11 @@ class Tape:
             self.save(y)
         return y
 
-    def kept_input(self, x: Tensor, elements: int | None = None, size: int | None = None) -> Tensor:
+    def kept_input(self, x: Tensor) -> Tensor:
         """An operation whose derivative needs its input: pow, SiLU, GELU."""
         if x.grad:
             self.save(x)
-        return self.new(elements or x.elements, x.grad, size or x.size)
+        return self.new(x.elements, x.grad, x.size)
 
     def dropout(self, x: Tensor, probability: float) -> Tensor:
         """Dropout in training: on CUDA a mask of a byte, on the CPU one of the tensor's own precision."""

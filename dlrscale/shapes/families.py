@@ -65,6 +65,11 @@ class Family:
         return tuple(dict.fromkeys(name for name in (self.gate, self.up, self.down) if name))
 
     @property
+    def own_maps(self) -> bool:
+        """Whether the base model's maps are no linear maps of torch's: GPT-2's Conv1D, Falcon's product."""
+        return self.model_type in ("gpt2", "falcon")
+
+    @property
     def locked_model_type(self) -> str:
         """The `model_type` of a locked model of this family."""
         return f"dlr_{self.model_type}"

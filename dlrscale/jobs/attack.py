@@ -204,7 +204,9 @@ def saved_formula(config: AttackConfig, ds_config: Mapping[str, Any], shape: sha
         return {}
     size, total = DTYPE_BYTES[config.dtype], 0
     for layer in range(shape.layers):
-        # DeepSpeed's linear map of ZeRO-3 keeps its input also where its weight is frozen.
-        kept = zero3_linear(ds_config) and not (shape.family.own_maps and layer not in shape.ranks)
+        # DeepSpeed's linear map of ZeRO-3 keeps its input also where its weight is frozen, if a gradient passes at all.
+        own = shape.family.own_maps and layer not in (shape.ranks or {})
+        passed = not (shape.parallel and layer == 0)
+        kept = zero3_linear(ds_config) and passed and not own
         total += shapes.saved_bytes(shape, layer, size, trainable == "all" or kept)
     return {"memory/saved_mlp_bytes_per_token_formula": total}

@@ -1,6 +1,7 @@
 """The planned saved bytes and FLOPs against hooks and torch's counter on live models: whole numbers, no tolerance."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dlrscale import attacks, catalogue, shapes
 from dlrscale.evaluate import cross_entropy_sum
+from dlrscale.jobs.attack import saved_formula
 from dlrscale.measure import SavedBytes
 from dlrscale.measure.flops import ATTENTION  # torch's own counter does not know the CPU's fused kernel
 from dlrscale.planner import model as planned_model
@@ -173,3 +175,19 @@ def test_padding_and_fewer_labels(make_model, family, attention):
         with SavedBytes(model) as counter:
             cross_entropy_sum(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, labels)
         assert planned.held_bytes == counter.total
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_the_closed_form_is_the_planned_mlp_part(make_model, family, changes):
+    """Also where ZeRO-3's own linear map keeps inputs of frozen weights, is off, or is none of the family's maps."""
+    base = make_model(family, **changes).config.to_dict()
+    for config, strategy, efficient in itertools.product(
+        (base, locked_config(base, "plain", 2)), ("full", "lora-attn"), (True, False)
+    ):
+        job = SimpleNamespace(strategy=strategy, knobs=KNOBS, activation_checkpointing="none", dtype="fp32")
+        section = {"stage": 3, "memory_efficient_linear": efficient}
+        found = saved_formula(job, {"zero_optimization": section}, shapes.model_shape(config))
+        trainable = catalogue.strategy(strategy).trainable
+        kept = plan(config, 2, "sdpa", torch.float32, trainable, "none", zero3=efficient)
+        planned = sum(map(kept.mlp_bytes, range(len(kept.layers))))
+        assert found["memory/saved_mlp_bytes_per_token_formula"] * 2 * LENGTH == planned, (strategy, efficient)

@@ -21,7 +21,8 @@ from dlrscale.planner.plan import Plan
 from dlrscale.shapes.layout import layout
 
 ATTENTION = "sdpa"  # what transformers takes where nothing else is asked for
-STATES = ("parameters", "persistent", "gradients", "master", "optimizer", "offload")  # exact, and counted in the engine
+# Exact, and counted in the engine before the second update; `persistent` parameters are all there only after it.
+STATES = ("parameters", "gradients", "master", "optimizer", "offload")
 
 
 def forecast(config: RunConfig, ds_config: Mapping[str, Any]) -> Plan | LockPlan | None:

@@ -113,11 +113,12 @@ def test_measurement_beside_the_plan(attack):
     exact = type(plan.activations)(kept).held_bytes
     counted = {"batch": 3, "length": 20, "labels": 9, "masked": False, "saved_bytes": exact}
     held = {name: {"device": plan.states[name].device, "host": plan.states[name].host} for name in forecast.STATES}
+    held["persistent"] = {"device": 1, "host": 0}  # not yet all there when it is measured
     found = forecast.measured(plan, counted, held, {"accelerator_peak_bytes": 2.0 * plan.needs.peak_bytes})
     assert found["error_percent"]["saved_bytes"] == 0
     assert found["error_percent"]["master_bytes"] == 0
     assert found["error_percent"]["accelerator_peak_bytes"] == pytest.approx(-50)
-    assert "persistent_bytes" not in found["planned"]  # nothing, planned and found
+    assert not {"persistent_bytes", "offload_bytes"} & set(found["planned"])  # too early; nothing, planned and found
     wrong = forecast.measured(plan, counted | {"saved_bytes": exact + exact // 4}, None, {})
     assert wrong["error_percent"]["saved_bytes"] == pytest.approx(-20, abs=0.01)
     assert set(wrong["planned"]) == {"saved_bytes"}

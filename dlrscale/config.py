@@ -57,6 +57,9 @@ class RunConfig:
     offload_optimizer: bool = False
     offload_param: bool = False
     activation_checkpointing: str = "none"
+    activation_storage: str = "device"
+    tiles: int = 1
+    optimizer: str = "AdamW"
     deepspeed_config: str | None = None
     num_ranks: int = 1
     hostfile: str | None = None
@@ -85,9 +88,7 @@ class RunConfig:
             found.append(f"--lr {self.lr}: must be a finite number, 0 or more.")
         if self.dtype not in DTYPES:
             found.append(f"--dtype {self.dtype}: one of {', '.join(DTYPES)}.")
-        levers = catalogue.Levers(
-            zero=self.zero, offload_optimizer=self.offload_optimizer, offload_param=self.offload_param
-        )
+        levers = catalogue.Levers(**{f.name: getattr(self, f.name) for f in dataclasses.fields(catalogue.Levers)})
         return found + catalogue.lever_faults(levers)
 
 
@@ -134,20 +135,28 @@ class LockConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(RunConfig):
-    """An attack: one strategy on one model, locked or not."""
+    """An attack: one strategy on one model, locked or not; an axis that is None is the strategy's own."""
 
     kind: str = "attack"
     strategy: str = "ckpt-layer"
-    knobs: dict[str, float] = dataclasses.field(default_factory=dict)
+    transform: str | None = None
+    trainable: str | None = None
+    gradient: str | None = None
+    knobs: dict[str, float | str] = dataclasses.field(default_factory=dict)
     heldout_base: str | None = None
     save_model: bool = False
     lock_id: str | None = None
 
     @property
+    def entry(self) -> catalogue.Strategy:
+        """The strategy with the axes that were chosen by hand."""
+        return catalogue.combined(self.strategy, self.transform, self.trainable, self.gradient)
+
+    @property
     def axes(self) -> dict[str, object]:
         """The resolved choice on the four axes."""
         levers = catalogue.Levers(**{f.name: getattr(self, f.name) for f in dataclasses.fields(catalogue.Levers)})
-        return catalogue.axes(catalogue.strategy(self.strategy), levers, self.knobs)
+        return catalogue.axes(self.entry, levers, self.knobs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +244,8 @@ def identify(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> dict[str
     values = dataclasses.asdict(config)
     if isinstance(config, AttackConfig):
         # The resolved axes stand for the strategy's name, which is a label.
-        values.pop("strategy")
+        for key in ("strategy", *catalogue.AXES):
+            values.pop(key)
         values["axes"] = {k: v for k, v in config.axes.items() if k != "levers"}
     for key in PLACES:
         if values.get(key):

@@ -53,7 +53,7 @@ def adapt(model: PreTrainedModel, names: list[str], knobs: dict[str, float]) -> 
     return get_peft_model(model, config)
 
 
-def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], folder: Path, base_name: str) -> None:
+def save(model: nn.Module, state: dict[str, torch.Tensor], folder: Path, base_name: str) -> None:
     """Write adapters in peft's format, so that the folder appears whole or not at all.
 
     Args:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
-from dlrscale.attacks.lora import adapt, linear_names
+from dlrscale.attacks.lora import adapt, linear_names, merged, save
 from dlrscale.shapes import ModelShape
+
+__all__ = ["choose", "merged", "save"]
 
 
 def choose(model: PreTrainedModel, shape: ModelShape, knobs: dict[str, float]) -> nn.Module:

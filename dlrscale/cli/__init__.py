@@ -13,7 +13,15 @@ import click
 
 from dlrscale import __version__, catalogue, launcher
 from dlrscale.cli.measure import measure
-from dlrscale.cli.options import DATA_OPTIONS, ENGINE_OPTIONS, PATH, PLAN_OPTIONS, RUN_OPTIONS, TRAIN_OPTIONS
+from dlrscale.cli.options import (
+    DATA_OPTIONS,
+    ENGINE_OPTIONS,
+    PATH,
+    PLAN_OPTIONS,
+    RUN_OPTIONS,
+    STRATEGY_OPTIONS,
+    TRAIN_OPTIONS,
+)
 from dlrscale.cli.plan import plan
 from dlrscale.errors import ConfigError, DlrscaleError, JobError, describe
 
@@ -163,7 +171,7 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     help="Held-out data of the base model's own domain, of any keys.",
 )
 @TRAIN_OPTIONS
-@click.option("--activation-checkpointing", type=click.Choice(["none", "layer"]), help="[default: the strategy's]")
+@STRATEGY_OPTIONS
 @click.option("--save-model", is_flag=True, help="Write the attacked model to <out>/model, beside the adapters.")
 @RUN_OPTIONS
 @ENGINE_OPTIONS
@@ -220,11 +228,12 @@ def attack_configs(
     from dlrscale.cli.run import choose_levers, resolve
     from dlrscale.config import AttackConfig, MeasureConfig
 
-    entry = catalogue.strategy(strategy)
+    entry = catalogue.combined(strategy, *(options.get(axis) for axis in catalogue.AXES))
     pairs = dict(knob.partition("=")[::2] for knob in knobs)
     levers = choose_levers(entry, options)
     options = options | {"model": str(folders.find_model(options["model"]))}
-    shared = options | {"strategy": strategy, "knobs": entry.resolve_knobs(pairs)}
+    chosen = {axis: getattr(entry, axis) for axis in catalogue.AXES}
+    shared = options | chosen | {"strategy": strategy, "knobs": entry.resolve_knobs(pairs)}
     base = base and str(folders.find_model(base, "--base"))
     with launcher.imports.many():
         from dlrscale import models  # torch and transformers: a mistyped name was told before
@@ -298,13 +307,26 @@ def run_all(configs: list[Any], dry_run: bool = False, quiet: bool = False) -> l
 
 @dlrscale.command(context_settings=CONTEXT)
 @click.argument("name", required=False)
-def strategies(name: str | None) -> None:
-    """List the attacker strategies, or show one with its axes, levers and knobs.
+@click.option("--axes", is_flag=True, help="List the axes and what can be chosen on each.")
+def strategies(name: str | None, axes: bool) -> None:
+    """List the attacker strategies, or show one with its axes, levers, knobs, exactness, cost and source.
 
     \b
     dlrscale strategies
     dlrscale strategies lora
+    dlrscale strategies --axes
     """
+    if axes:
+        for axis in catalogue.AXES:
+            click.echo(axis)
+            for value, idea in catalogue.choices(axis).items():
+                click.echo(f"  {value:<12} {idea}")
+        for lever, values in (("checkpointing", catalogue.CHECKPOINTING), ("storage", catalogue.STORAGE)):
+            click.echo(f"activation-{lever}")
+            for value, text in values.items():
+                click.echo(f"  {value:<12} {text}")
+        click.echo("zero, offload-optimizer, offload-param, tiles, optimizer: see dlrscale attack --help")
+        return
     if name is None:
         width = max(map(len, catalogue.STRATEGIES))
         for entry in catalogue.STRATEGIES.values():
@@ -315,13 +337,13 @@ def strategies(name: str | None) -> None:
     lines = {
         "idea": entry.idea,
         "source": entry.source,
-        "transform": f"{entry.transform}: {catalogue.TRANSFORMS[entry.transform]}",
-        "trainable": f"{entry.trainable}: {catalogue.TRAINABLE[entry.trainable]}",
-        "gradient": f"{entry.gradient}: {catalogue.GRADIENTS[entry.gradient]}, {'exact' if entry.exact else 'inexact'}",
+        **{axis: f"{getattr(entry, axis)}: {catalogue.choices(axis)[getattr(entry, axis)]}" for axis in catalogue.AXES},
+        "exact": "yes, plain autograd's gradient" if entry.exact else "no",
+        "stages": f"ZeRO {', '.join(map(str, entry.stages))}" + (f". {entry.why_not}" if entry.why_not else ""),
         "levers": ", ".join(f"{k.replace('_', '-')} {v}" for k, v in levers.items()),
         "saved": entry.saved,
         "cost": entry.cost,
-        "knobs": "; ".join(f"{k.name}={k.default} ({k.text}, {k.low} to {k.high})" for k in entry.knobs) or "none",
+        "knobs": "; ".join(f"{k.name}={k.default} ({k.text}; {k.allowed})" for k in entry.knobs) or "none",
     }
     click.echo(entry.name)
     for key, value in lines.items():

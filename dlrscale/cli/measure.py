@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dlrscale.cli.options import ENGINE_OPTIONS, PATH, PLAN_OPTIONS
+from dlrscale.cli.options import ENGINE_OPTIONS, PATH, PLAN_OPTIONS, STRATEGY_OPTIONS
 from dlrscale.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ def parse_batches(text: str) -> list[int]:
 @click.option("--steps", type=int, default=12, show_default=True, help="Steps; the first two warm up.")
 @click.option("--micro-batch", type=int, help="Sequences per rank and forward.  [default: 4]")
 @click.option("--accumulation", type=int, help="Micro-batches per optimizer step.  [default: 1]")
-@click.option("--activation-checkpointing", type=click.Choice(["none", "layer"]), help="[default: the strategy's]")
+@STRATEGY_OPTIONS
 @click.option("--inference-batches", default="1,4", show_default=True, help="Batch sizes of inference; '': none.")
 @click.option("--new-tokens", type=int, default=16, show_default=True, help="Tokens to decode behind the prompt.")
 @click.option("--repeats", type=int, default=5, show_default=True, help="Timed repeats of inference.")

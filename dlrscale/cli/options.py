@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import click
 
+from dlrscale.catalogue import CHECKPOINTING, STORAGE
+
 
 def options(*choices: Callable) -> Callable:
     """Apply several option decorators in the order in which they are to be shown."""
@@ -46,6 +48,28 @@ TRAIN_OPTIONS = options(
     click.option("--steps", type=int, default=300, show_default=True, help="Optimizer steps."),
     click.option("--lr", type=float, help="Peak learning rate.  [default: the DeepSpeed file's, or 3e-3]"),
     click.option("--warmup-steps", type=int, help="Steps of linear warm-up.  [default: 10]"),
+)
+STRATEGY_OPTIONS = options(
+    click.option("--transform", help="Another transform than the strategy's; `dlrscale strategies --axes` lists all."),
+    click.option("--trainable", help="Another trainable set than the strategy's."),
+    click.option("--gradient", help="Another gradient method than the strategy's."),
+    click.option(
+        "--activation-checkpointing", type=click.Choice(list(CHECKPOINTING)), help="[default: the strategy's]"
+    ),
+    click.option(
+        "--activation-storage",
+        type=click.Choice(list(STORAGE)),
+        help="Where what the layers keep for backward lies.  [default: the strategy's]",
+    ),
+    click.option(
+        "--tiles",
+        type=click.IntRange(1),
+        help="Pieces in which tokens go through each MLP or DLR-Net.  [default: the strategy's]",
+    ),
+    click.option(
+        "--optimizer",
+        help="AdamW, or a lighter type that a DeepSpeed file may name: SGD, Adafactor.  [default: the strategy's]",
+    ),
 )
 RUN_OPTIONS = options(
     click.option("--out", type=PATH, help="Folder of the run.  [default: results/<name>-<8 digits>]"),

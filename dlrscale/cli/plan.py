@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from dlrscale import catalogue
-from dlrscale.cli.options import PATH
+from dlrscale.cli.options import PATH, STRATEGY_OPTIONS
 from dlrscale.errors import ConfigError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -44,7 +45,7 @@ def swept(*names: str, kind: Any, default: Any = None, **more: Any) -> Any:
 @swept("--zero", kind=click.IntRange(0, 3), help="ZeRO stage.  [default: the strategy's]")
 @click.option("--offload-optimizer/--no-offload-optimizer", default=None, help="Optimizer states in host memory.")
 @click.option("--offload-param/--no-offload-param", default=None, help="Parameters in host memory (ZeRO-3).")
-@click.option("--activation-checkpointing", type=click.Choice(["none", "layer"]), help="[default: the strategy's]")
+@STRATEGY_OPTIONS
 @click.option("--deepspeed_config", type=PATH, help="A DeepSpeed file; DeepSpeed itself checks it, in some seconds.")
 @swept("--num-ranks", kind=click.IntRange(1), default=1, help="Devices.")
 @click.option(
@@ -112,7 +113,20 @@ def refuse_unused(options: dict[str, Any]) -> None:
     from pathlib import Path
 
     faults = []
-    for key in ("strategy", "activation_checkpointing", "knobs", "tokens") if options["lock"] else ():
+    for key in (
+        (
+            "strategy",
+            *catalogue.AXES,
+            "activation_checkpointing",
+            "activation_storage",
+            "tiles",
+            "optimizer",
+            "knobs",
+            "tokens",
+        )
+        if options["lock"]
+        else ()
+    ):
         if options[key]:
             name = "set" if key == "knobs" else key.replace("_", "-")
             faults.append(f"--{name}: a lock has none. Leave it out, or leave out --lock.")
@@ -173,7 +187,12 @@ def ask(options: dict[str, Any]) -> Iterator[Callable[[], Any]]:
         held = device.devices_per_node
         about["nodes"] = options["nodes"] or -(-ranks // held)
         about["ranks_per_node"] = -(-ranks // options["nodes"]) if options["nodes"] else min(ranks, held)
-        yield partial(decide, config, catalogue.strategy(name), options | {"zero": zero}, micro, dtype, about)
+        yield partial(decide, config, axes_of(name, options), options | {"zero": zero}, micro, dtype, about)
+
+
+def axes_of(name: str, options: dict[str, Any]) -> catalogue.Strategy:
+    """The strategy of a name with the axes that were chosen by hand."""
+    return catalogue.combined(name, *(options[axis] for axis in catalogue.AXES))
 
 
 def decide(
@@ -214,18 +233,18 @@ def decide(
     if place:
         run = RunConfig(
             model="", data="", out="", dtype=engine.resolve_dtype(file, dtype), deepspeed_config=place,
-            num_ranks=ranks, micro_batch=micro, accumulation=accumulation, zero=levers.zero,
-            offload_optimizer=levers.offload_optimizer, offload_param=levers.offload_param,
+            num_ranks=ranks, micro_batch=micro, accumulation=accumulation, **dataclasses.asdict(levers),
         )  # fmt: skip
         merged = engine.merge(run)
     else:  # without torch, which would say what this machine has: a plan is for another one
-        merged = engine.lever_config(levers.zero, levers.offload_optimizer, levers.offload_param) | {
+        own = engine.lever_config(levers.zero, levers.offload_optimizer, levers.offload_param, levers.optimizer)
+        merged = own | {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
         }
         if dtype != "fp32":
             merged[dtype] = {"enabled": True}
     return sides.Question(
-        config=config, strategy=entry.name, levers=levers, knobs=entry.resolve_knobs(pairs), ds_config=merged,
+        config=config, entry=entry, levers=levers, knobs=entry.resolve_knobs(pairs), ds_config=merged,
         dtype=dtype, micro_batch=micro, **about,
     )  # fmt: skip

@@ -133,9 +133,13 @@ def choose_levers(entry: catalogue.Strategy, options_: dict[str, Any]) -> catalo
 
     by_hand = {f.name: options_.get(f.name) for f in dataclasses.fields(catalogue.Levers)}
     place = options_.get("deepspeed_config")
-    decided = engine.file_levers(engine.read_file(place)) if place else {}
+    file = engine.read_file(place) if place else {}
+    decided = engine.file_levers(file) if place else {}
+    if "optimizer" in file:
+        decided["optimizer"] = file["optimizer"]["type"]
+    keys = {"zero": "zero_optimization.stage", "optimizer": "optimizer.type"}
     clash = [
-        f"{catalogue.flag(k, by_hand[k])} and zero_optimization.{'stage' if k == 'zero' else k} {v} in {place} differ. "
+        f"{catalogue.flag(k, by_hand[k])} and {keys.get(k, f'zero_optimization.{k}')} {v} in {place} differ. "
         "Give one of them."
         for k, v in decided.items()
         if by_hand[k] is not None and by_hand[k] != v

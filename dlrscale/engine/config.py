@@ -8,7 +8,7 @@ from typing import Any
 from dlrscale.config import RunConfig
 from dlrscale.engine.check import check, parse, without_auto
 from dlrscale.engine.devices import device_type
-from dlrscale.engine.optimizers import ADAM_TYPES, for_torch, schedule_takes, takes_torch_adam
+from dlrscale.engine.optimizers import ADAM_TYPES, for_torch, optimizer_faults, schedule_takes, takes_torch_adam
 from dlrscale.errors import ConfigError
 
 ADAM = {"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
@@ -16,10 +16,12 @@ ADAM = {"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 RUN_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def lever_config(zero: int, offload_optimizer: bool, offload_param: bool) -> dict[str, Any]:
+def lever_config(
+    zero: int, offload_optimizer: bool, offload_param: bool, optimizer_type: str = "AdamW"
+) -> dict[str, Any]:
     """A complete DeepSpeed configuration for some levers, without batch sizes, rate and precision.
 
-    The files in ds_configs/ hold exactly these.
+    The files in ds_configs/ hold exactly these, with AdamW. `none`: DeepSpeed gets no optimizer.
     """
     section: dict[str, Any] = {"stage": zero}
     if zero:
@@ -44,7 +46,12 @@ def lever_config(zero: int, offload_optimizer: bool, offload_param: bool) -> dic
         del optimizer["params"]["torch_adam"]  # offloaded states want DeepSpeed's own CPU Adam
     if offload_param:
         section["offload_param"] = {"device": "cpu", "pin_memory": True}
-    return {"optimizer": optimizer, "gradient_clipping": 1.0, "zero_optimization": section}
+    found: dict[str, Any] = {"optimizer": optimizer, "gradient_clipping": 1.0, "zero_optimization": section}
+    if optimizer_type == "none":
+        del found["optimizer"], found["gradient_clipping"]
+    elif optimizer_type != "AdamW":
+        found |= {"optimizer": {"type": optimizer_type, "params": {}}, "zero_allow_untested_optimizer": True}
+    return found
 
 
 def read_file(path: str) -> dict[str, Any]:
@@ -256,7 +263,12 @@ def merge(config: RunConfig) -> dict[str, Any]:
     if config.deepspeed_config:
         merged = resolve_auto(read_file(config.deepspeed_config), config)
     else:
-        merged = without_auto(lever_config(config.zero, config.offload_optimizer, config.offload_param))
+        own = lever_config(config.zero, config.offload_optimizer, config.offload_param, config.optimizer)
+        if config.optimizer not in ("AdamW", "none"):
+            faults = optimizer_faults(own["optimizer"], own)
+            if faults:
+                raise ConfigError([f"--optimizer {config.optimizer}:", *faults])
+        merged = without_auto(own)
     for key in RUN_KEYS:
         merged.pop(key, None)
     merged["train_micro_batch_size_per_gpu"] = config.micro_batch
@@ -264,8 +276,10 @@ def merge(config: RunConfig) -> dict[str, Any]:
     merged["train_batch_size"] = config.global_batch
     levers = file_levers(merged)
     offload = levers["offload_optimizer"]
-    optimizer = merged.setdefault("optimizer", lever_config(levers["zero"], offload, False)["optimizer"])
-    optimizer.setdefault("params", {})["lr"] = config.lr
+    optimizer: dict[str, Any] = {}
+    if config.optimizer != "none":
+        optimizer = merged.setdefault("optimizer", lever_config(levers["zero"], offload, False)["optimizer"])
+        optimizer.setdefault("params", {})["lr"] = config.lr
     kept = (merged.get("data_types") or {}).get("grad_accum_dtype")
     if kept not in (None, config.dtype) and not levers["zero"]:
         raise ConfigError(

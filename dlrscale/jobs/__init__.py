@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from dlrscale import catalogue, data, engine, folders, launcher, models, record, shapes, tracking
 from dlrscale import config as configuration
+from dlrscale import data, engine, folders, launcher, models, record, shapes, tracking
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
 from dlrscale.errors import describe as describe_error
@@ -79,7 +79,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
                 f"--start warm is not defined for --form {config.form} on {shape.family.model_type}, whose MLPs are "
                 f"{shape.kind}. Take --start cold."
             )
-    elif shape.locked and catalogue.strategy(config.strategy).transform == "flatten":
+    elif shape.locked and config.entry.transform == "flatten":
         models.check_generation(config.model)
         shapes.check_flattens(shape)
     if config.data:

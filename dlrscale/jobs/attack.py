@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dlrscale import attacks, catalogue, export, models, shapes
-from dlrscale.attacks import lora
+from dlrscale import attacks, export, models, shapes
+from dlrscale.attacks.levers import Levers, mlp_parts
 from dlrscale.config import AttackConfig
 from dlrscale.engine import Engine
 from dlrscale.jobs import forecast
@@ -34,7 +34,7 @@ from dlrscale.train import LanguageModelling, Loop, Stage
 def attack(run_: Run) -> None:
     """Fine-tune one model by one strategy and measure what it cost (design: attacking)."""
     config: AttackConfig = run_.config
-    entry = catalogue.strategy(config.strategy)
+    entry = config.entry
     with run_.phases.phase("load"):
         folder = Path(config.model)
         tokenizer = models.load_tokenizer(folder)
@@ -43,7 +43,7 @@ def attack(run_: Run) -> None:
         with run_.phases.phase("transform"):
             folder = transform(run_, entry.transform, folder)
     with run_.phases.phase("load"):
-        model, shape = build(config, folder)
+        model, shape, levers = build(config, folder)
         ds = run_.start_engine(model, [p for p in model.parameters() if p.requires_grad])
     run_.metrics |= corpora.counts() | parameter_counts(model)
     loss = evaluator(run_, ds, corpora)
@@ -54,7 +54,7 @@ def attack(run_: Run) -> None:
             found[f"loss/heldout_base{suffix}"] = loss(corpora.heldout_base)
         return found
 
-    objective = LanguageModelling(SavedBytes(ds.module, mlp_parts(ds.module, shape)))
+    objective = LanguageModelling(SavedBytes(ds.module, mlp_parts(ds.module, shape), levers.storage))
     batches = make_batches(config, corpora, ds.rank, ds.world_size)
     loop = Loop(
         config=config,
@@ -109,7 +109,7 @@ def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None, alo
     run_.metrics |= {"plan/peak_bytes": plan.needs.peak_bytes} | {k: v for k, v in errors.items() if v is not None}
 
 
-def build(config: AttackConfig, folder: Path) -> tuple[nn.Module, shapes.ModelShape]:
+def build(config: AttackConfig, folder: Path) -> tuple[nn.Module, shapes.ModelShape, Levers]:
     """The model of a strategy in training mode: checkpointed as the levers say, its trainable set chosen.
 
     Args:
@@ -117,19 +117,19 @@ def build(config: AttackConfig, folder: Path) -> tuple[nn.Module, shapes.ModelSh
         folder: The model's folder, after the transform.
 
     Returns:
-        The model, or peft's model around it, and its shape.
+        The model, or peft's model around it, its shape, and the levers that act inside it.
     """
     model = models.load_model(folder, config.dtype)
     shape = shapes.model_shape(model.config.to_dict())
-    if config.activation_checkpointing == "layer":
+    if config.activation_checkpointing != "none":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    trainable = catalogue.strategy(config.strategy).trainable
+    trainable, chosen = config.entry.trainable, model
     if trainable == "all":
         model.requires_grad_(True)
     else:
         torch.manual_seed(config.seed)  # the adapters' start
-        model = attacks.find(trainable).choose(model, shape, config.knobs)
-    return model.train(), shape
+        chosen = attacks.find(trainable).choose(model, shape, config.knobs)
+    return chosen.train(), shape, Levers(model, shape, config)
 
 
 def save(run_: Run, ds: Engine, model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -143,18 +143,20 @@ def save(run_: Run, ds: Engine, model: nn.Module, folder: Path, tokenizer: PreTr
         tokenizer: Its tokenizer.
     """
     config: AttackConfig = run_.config
-    adapted = catalogue.strategy(config.strategy).trainable.startswith("lora")
+    trainable = config.entry.trainable
+    own = attacks.find(trainable) if trainable != "all" else None
+    adapted = hasattr(own, "save")
     if not adapted and not config.save_model:
         return
     state = whole_state(ds, model, trained_only=True)
     if ds.rank == 0:
         name = Path(config.model).name
         if adapted:
-            lora.save_adapter(model, state, run_.out / ADAPTER_FOLDER, name)
+            own.save(model, state, run_.out / ADAPTER_FOLDER, name)
         if config.save_model:
             whole = models.load_model(folder, models.stored_dtype(folder))
             if adapted:
-                whole = lora.merged(whole, run_.out / ADAPTER_FOLDER)
+                whole = own.merged(whole, run_.out / ADAPTER_FOLDER)
             else:
                 whole.load_state_dict(state, strict=False)
                 whole.tie_weights()
@@ -174,33 +176,16 @@ def transform(run_: Run, name: str, folder: Path) -> Path:
     return Path(result[0])
 
 
-def mlp_parts(model: nn.Module, shape: shapes.ModelShape) -> dict[str, nn.Module]:
-    """The MLP or DLR-Net of every layer by its index, also inside peft's wrapper.
-
-    Where a family has no MLP module, its parts are listed one by one as `<layer>.<name>`.
-    """
-    family = shape.family
-    paths = {family.mlp.format(layer): str(layer) for layer in range(shape.layers)}
-    if family.inline:
-        rest = (family.activation_module, family.down)
-        paths |= {f"{family.home(i)}.{name}": f"{i}.{name}" for i in range(shape.layers) for name in rest}
-    return {
-        label: module
-        for name, module in model.named_modules()
-        for path, label in paths.items()
-        if name == path or name.endswith("." + path)
-    }
-
-
 def saved_formula(config: AttackConfig, ds_config: Mapping[str, Any], shape: shapes.ModelShape) -> dict[str, float]:
     """Derived bytes per token saved by all MLP parts, for strategies that keep them.
 
     Left out where layers are checkpointed, where adapters sit inside the MLPs, and where a dropout is on, in the
     MLPs (its mask's size depends on the device) or before adapters that would keep the MLP's own input.
     """
-    trainable = catalogue.strategy(config.strategy).trainable
+    trainable = config.entry.trainable
     dropout = shape.dropout or (shape.shared_input and config.knobs.get("dropout"))
-    if config.activation_checkpointing != "none" or trainable == "lora" or dropout:
+    plain = config.activation_checkpointing == "none" and config.activation_storage == "device" and config.tiles == 1
+    if not plain or config.entry.gradient != "backprop" or trainable not in ("all", "lora-attn") or dropout:
         return {}
     size, total = DTYPE_BYTES[config.dtype], 0
     for layer in range(shape.layers):

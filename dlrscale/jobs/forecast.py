@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from dlrscale import catalogue, engine, launcher, shapes
+from dlrscale import engine, launcher, shapes
 from dlrscale.config import AttackConfig, LockConfig, RunConfig
 from dlrscale.errors import PlanError
 from dlrscale.planner import hardware as devices
@@ -60,7 +60,7 @@ def forecast(config: RunConfig, ds_config: Mapping[str, Any]) -> Plan | LockPlan
             heal=config.heal_steps > 0,
             **common,
         )
-    model = attacked(values, shape, catalogue.strategy(config.strategy), config.knobs)
+    model = attacked(values, shape, config.entry, config.knobs)
     return Plan(model=model, checkpointing=config.activation_checkpointing, **common)
 
 
@@ -151,7 +151,7 @@ def fitting_levers(config: RunConfig, plan: Plan | LockPlan, hardware: Hardware)
 
 def fixed(config: RunConfig) -> tuple[str, ...]:
     """The levers that are a strategy's own idea."""
-    return catalogue.strategy(config.strategy).fixed if isinstance(config, AttackConfig) else ()
+    return config.entry.fixed if isinstance(config, AttackConfig) else ()
 
 
 def summary(plan: Plan | LockPlan, hardware: Hardware | None) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from dlrscale import catalogue, engine, models, record, shapes
+from dlrscale import engine, models, record, shapes
+from dlrscale.attacks.levers import Levers, mlp_parts
 from dlrscale.config import MeasureConfig
 from dlrscale.data import StepBatch, token_data
 from dlrscale.engine import Engine
-from dlrscale.jobs.attack import build, compare, mlp_parts, saved_formula, transform
+from dlrscale.jobs.attack import build, compare, saved_formula, transform
 from dlrscale.jobs.common import Corpora, Run, load_corpora, make_batches, parameter_counts
 from dlrscale.measure import ATTENTION_COUNTED, Flops, LiveBytes, SavedBytes, speeds, spread, synchronise
 from dlrscale.train import TIMING_WARMUP_STEPS, Diverged, LanguageModelling, Loop, Stage, described, not_finite
@@ -29,18 +30,17 @@ RANDOM_STEPS = 4  # steps until random token ids come again
 def measure(run_: Run) -> None:
     """Measure one model under one strategy: inference, timed steps, then saved bytes, FLOPs and live bytes."""
     config: MeasureConfig = run_.config
-    entry = catalogue.strategy(config.strategy)
     folder = Path(config.model)
-    if entry.transform != "none":
+    if config.entry.transform != "none":
         with run_.phases.phase("transform"):
-            folder = transform(run_, entry.transform, folder)
+            folder = transform(run_, config.entry.transform, folder)
     if config.inference_batches:
         with run_.phases.phase("inference"):
             run_.metrics |= inference(config)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # what inference has reserved is none of the training's
     with run_.phases.phase("load"):
-        model, shape = build(config, folder)
+        model, shape, levers = build(config, folder)
         corpora = load_corpora(config, models.load_tokenizer(folder)) if config.data else random_corpora(config, shape)
         ds = run_.start_engine(model, [p for p in model.parameters() if p.requires_grad])
     run_.metrics |= corpora.counts() if config.data else {}
@@ -51,7 +51,7 @@ def measure(run_: Run) -> None:
     objective = LanguageModelling()
     stage = Stage(name="train", steps=config.steps, lr=config.lr, warmup=config.warmup_steps, objective=objective)
     run_.metrics |= timed_steps(loop, stage)
-    counts = Counts(ds, objective, batches.step(config.steps), config.dtype)
+    counts = Counts(ds, objective, batches.step(config.steps), config.dtype, levers)
     with run_.phases.phase("count"):
         run_.metrics |= counts.saved(mlp_parts(ds.module, shape), run_.out)
         run_.metrics |= saved_formula(config, run_.ds_config, shape)
@@ -159,13 +159,14 @@ class Counts:
     objective: LanguageModelling
     batch: StepBatch
     dtype: str
+    levers: Levers
 
     def _step(self, context: Callable[[str], contextlib.AbstractContextManager]) -> None:
         self.objective(self.engine, self.batch, Around(context))
 
     def saved(self, parts: Mapping[str, nn.Module], out: Path) -> dict[str, float]:
         """Saved bytes of the first micro-batch, after forward and at their peak; by module into `saved.json`."""
-        counter = SavedBytes(self.engine.module, dict(parts))
+        counter = SavedBytes(self.engine.module, dict(parts), self.levers.storage)
         phases_left = ["forward", "backward"]
 
         @contextlib.contextmanager

@@ -29,9 +29,12 @@ class SavedBytes:
     Args:
         model: The model whose parameters and buffers do not count.
         parts: Modules by label, whose share is counted in `by_part`.
+        storage: What keeps saved tensors in another way, if anything does (attacks/stored.py): it has hooks of its own,
+            and calls `saved` with what stays on the device.
     """
 
-    def __init__(self, model: nn.Module, parts: dict[str, nn.Module] | None = None):
+    def __init__(self, model: nn.Module, parts: dict[str, nn.Module] | None = None, storage: Any = None):
+        self.storage = storage
         self.model = model
         self.labels = {id(module): label for label, module in (parts or {}).items()}
         self.total = self.recomputed = self.alive = self.peak = 0
@@ -100,6 +103,9 @@ class SavedBytes:
         self._open.enter_context(recompute.watched(saved=self._see_again))
         self._forward = contextlib.ExitStack()
         self._forward.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor))
+        if self.storage is not None:
+            before, self.storage.saved = self.storage.saved, self._pack
+            self._forward.callback(setattr, self.storage, "saved", before)
         return self
 
     def forward_done(self) -> None:

@@ -9,7 +9,7 @@ known to us.
 Shapes: x (..., D); A_k (R_k, D), or (2 R_k, D) in the gated form; B_k (D, R_k); b a scalar without a unit.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -78,17 +78,27 @@ class DLRNet(nn.Module):
         Returns:
             (..., D).
         """
-        d = None
-        for block in self.blocks:
-            u = x if d is None or flat else x + self.b * d
-            hidden = block.a_proj(rms_normalise(u) if self.norm else u)
-            if self.gated:
-                gate, up = hidden.chunk(2, dim=-1)
-                hidden = self.activation(gate) * up
-            else:
-                hidden = self.activation(hidden)
-            out = block.b_proj(hidden)
+        return self.finish(self.through(self.blocks, x, None, flat))
+
+    def through(
+        self, blocks: Iterable[DLRBlock], x: torch.Tensor, d: torch.Tensor | None, flat: bool = False
+    ) -> torch.Tensor:
+        """Go through some consecutive blocks: d before them (None: zero) to d behind them, (..., D)."""
+        for block in blocks:
+            out = block.b_proj(self.code(block, x if d is None or flat else x + self.b * d))
             d = out if d is None else d + out
+        return d
+
+    def code(self, block: DLRBlock, u: torch.Tensor) -> torch.Tensor:
+        """What goes into B_k, (..., R_k), for u = x + b d_k, (..., D)."""
+        hidden = block.a_proj(rms_normalise(u) if self.norm else u)
+        if self.gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            return self.activation(gate) * up
+        return self.activation(hidden)
+
+    def finish(self, d: torch.Tensor) -> torch.Tensor:
+        """The output of d_K: with the bias, and with the dropout."""
         if self.bias is not None:
             d = d + self.bias
         return d if self.dropout is None else self.dropout(d)

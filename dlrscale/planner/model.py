@@ -128,13 +128,13 @@ def attacked(
     parts = layout(config, shape)
     if entry.transform == "flatten" and shape.ranks:
         shape = flat_shape(shape)
-    if entry.trainable == "all":
-        return Model(shape=shape, parts=parts, training=Training())
-    adapted = {"lora": {"attention", "mlp", "projection"}, "lora-attn": {"attention"}}[entry.trainable]
-    training = Training(
-        trained=frozenset(),
-        adapted=frozenset(adapted),
-        rank=int(knobs["rank"]),
-        adapter_dropout=float(knobs["dropout"]),
-    )
+    trains = entry.trains
+    training = Training(trained=trains.parts)
+    if trains.adapted:
+        training = Training(
+            trained=trains.parts,
+            adapted=trains.adapted,
+            rank=int(knobs["rank"]),
+            adapter_dropout=float(knobs["dropout"]),
+        )
     return Model(shape=shape, parts=parts, training=training)

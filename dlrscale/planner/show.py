@@ -20,6 +20,7 @@ AXES = ("strategy", "zero", "hardware", "dtype", "num_ranks", "micro_batch", "se
 def asked(question: Question) -> dict[str, Any]:
     """What a question is about, as plain values."""
     found = {name: getattr(question, name, None) for name in (*AXES, "nodes", "attention", "layers", "rank")}
+    found["strategy"] = question.entry.name
     return found | {"zero": question.levers.zero, "hardware": question.hardware.name}
 
 

@@ -28,7 +28,7 @@ class Question:
     """
 
     config: Mapping[str, Any]
-    strategy: str
+    entry: catalogue.Strategy
     levers: catalogue.Levers
     knobs: Mapping[str, float]
     ds_config: Mapping[str, Any]
@@ -108,10 +108,9 @@ def attack_plans(question: Question) -> dict[str, Plan]:
     Raises:
         ConfigError: If the model or the lock cannot be.
     """
-    entry = catalogue.strategy(question.strategy)
     return {
         side: Plan(
-            model=attacked(question.config, shape, entry, question.knobs),
+            model=attacked(question.config, shape, question.entry, question.knobs),
             checkpointing=question.levers.activation_checkpointing or "none",
             **question.setup,
         )

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from dlrscale.catalogue import PARTS
+
 FP32, INT64 = 4, 8
 
 
@@ -23,9 +25,6 @@ class Tensor:
     grad: bool
     storage: int
     compact: bool = True  # whether joining its leading dimensions is a view
-
-
-PARTS = frozenset({"embedding", "projection", "attention", "norm", "mlp", "head"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -314,6 +314,32 @@ def dlr_saved_elements(form: str, width: int, ranks: Sequence[int], activation: 
     return elements
 
 
+def segment_peak(form: str, width: int, ranks: Sequence[int], activation: str, length: int) -> int:
+    """The most elements per token that a trained DLR-Net keeps whose blocks are checkpointed in segments.
+
+    While segment j is there again, x, the d at its border and at those before it, and all that its blocks save are
+    kept: D + max over j of (j D + what segment j saves without x and its first d).
+
+    Args:
+        form: The form.
+        width: D.
+        ranks: R_k of each block.
+        activation: s.
+        length: m, the blocks of a segment; the last one may be shorter.
+
+    Returns:
+        Elements per token, x among them.
+    """
+    segments = [ranks[start : start + length] for start in range(0, len(ranks), length)]
+    inside = [dlr_saved_elements(form, width, part, activation) - width * (not j) for j, part in enumerate(segments)]
+    return width + max(j * width + size for j, size in enumerate(inside))
+
+
+def segment_length(form: str, width: int, ranks: Sequence[int], activation: str) -> int:
+    """The length of segments at which `segment_peak` is smallest; of several, the longest: fewest are cut."""
+    return min(range(len(ranks), 0, -1), key=lambda length: segment_peak(form, width, ranks, activation, length))
+
+
 def saved_bytes(shape: ModelShape, layer: int, dtype_bytes: int, trainable: bool = True) -> int:
     """Bytes per token saved for the MLP part of one layer, base MLP or DLR-Net, without a dropout's mask.
 

@@ -8,32 +8,52 @@ from dlrscale import catalogue
 from dlrscale.catalogue import Levers
 from dlrscale.errors import ConfigError
 
-SIX = ("full", "full-offload", "ckpt-layer", "lora", "lora-attn", "flatten")
+NAMES = (
+    "full", "full-offload", "ckpt-layer", "ckpt-nested", "ckpt-offload", "act-offload", "act-int8", "tile-tokens",
+    "reverse", "lora", "lora-attn", "flatten",
+)  # fmt: skip
 
 
 def levers_of(name, **by_hand):
+    """(ZeRO stage, optimizer offloaded, parameters offloaded, checkpointing, storage, tiles, optimizer)"""
     return dataclasses.astuple(catalogue.strategy(name).resolve(Levers(**by_hand)))
 
 
-def test_the_six_strategies_and_their_defaults():
-    assert tuple(catalogue.STRATEGIES) == SIX
-    # (ZeRO stage, optimizer offloaded, parameters offloaded, activation checkpointing)
-    assert levers_of("full") == (2, False, False, "none")
-    assert levers_of("full-offload") == (3, True, True, "none")
-    for name in ("ckpt-layer", "lora", "lora-attn", "flatten"):
-        assert levers_of(name) == (2, False, False, "layer")
+def test_the_strategies_and_their_defaults():
+    assert tuple(catalogue.STRATEGIES) == NAMES
+    rest = ("device", 1, "AdamW")
+    assert levers_of("full") == (2, False, False, "none", *rest)
+    assert levers_of("full-offload") == (3, True, True, "none", *rest)
+    for name in ("ckpt-layer", "reverse", "lora", "lora-attn", "flatten"):
+        assert levers_of(name) == (2, False, False, "layer", *rest)
+    assert levers_of("ckpt-nested")[3:] == ("nested", *rest)
+    assert levers_of("ckpt-offload")[3:] == ("layer", "host", 1, "AdamW")
+    assert levers_of("act-offload")[3:] == ("none", "host", 1, "AdamW")
+    assert levers_of("act-int8")[3:] == ("none", "int8", 1, "AdamW")
+    assert levers_of("tile-tokens")[3:] == ("layer", "device", 8, "AdamW")
 
 
 def test_the_other_axes():
     rows = {n: (s.transform, s.trainable, s.gradient) for n, s in catalogue.STRATEGIES.items()}
-    assert rows["full"] == rows["full-offload"] == rows["ckpt-layer"] == ("none", "all", "backprop")
+    for name in ("full", "full-offload", "ckpt-layer", "ckpt-nested", "ckpt-offload", "act-offload", "tile-tokens"):
+        assert rows[name] == ("none", "all", "backprop")
+    assert rows["reverse"] == ("none", "all", "reverse")
     assert rows["lora"] == ("none", "lora", "backprop")
     assert rows["lora-attn"] == ("none", "lora-attn", "backprop")
     assert rows["flatten"] == ("flatten", "all", "backprop")
-    for transform, trainable, gradient in rows.values():
-        assert transform in catalogue.TRANSFORMS
-        assert trainable in catalogue.TRAINABLE
-        assert gradient in catalogue.GRADIENTS
+
+
+def test_axes_by_hand_bring_their_knobs_and_fixed_levers():
+    mixed = catalogue.combined("reverse", transform="flatten", trainable="lora")
+    assert (mixed.name, mixed.transform, mixed.trainable, mixed.gradient) == ("reverse", "flatten", "lora", "reverse")
+    assert [k.name for k in mixed.knobs] == ["rank", "alpha", "dropout", "anchor"]
+    assert mixed.trains == catalogue.strategy("lora").trains
+    plain = catalogue.combined("lora", trainable="all")
+    assert plain.knobs == ()
+    assert plain.trains == catalogue.Trains()
+    assert catalogue.combined("lora") == catalogue.strategy("lora")
+    with pytest.raises(ConfigError, match="--trainable lara: unknown. Did you mean lora"):
+        catalogue.combined("full", trainable="lara")
 
 
 def test_every_row_says_what_it_is():
@@ -42,9 +62,9 @@ def test_every_row_says_what_it_is():
 
 
 def test_levers_by_hand_win():
-    assert levers_of("ckpt-layer", zero=3, offload_optimizer=True) == (3, True, False, "layer")
-    assert levers_of("full", activation_checkpointing="layer") == (2, False, False, "layer")
-    assert levers_of("full-offload", offload_param=False, zero=1) == (1, True, False, "none")
+    assert levers_of("ckpt-layer", zero=3, offload_optimizer=True) == (3, True, False, "layer", "device", 1, "AdamW")
+    assert levers_of("full", activation_checkpointing="layer") == (2, False, False, "layer", "device", 1, "AdamW")
+    assert levers_of("full-offload", offload_param=False, zero=1)[:4] == (1, True, False, "none")
 
 
 def test_full_with_layer_checkpointing_is_ckpt_layer():
@@ -100,7 +120,7 @@ def test_knobs():
     [
         ("lora", {"rnk": "4"}, ("--set rnk", "lora", "rank, alpha, dropout")),
         ("lora", {"rank": "4.5"}, ("--set rank=4.5", "whole number from 1 to")),
-        ("lora", {"dropout": "much"}, ("--set dropout=much", "number from 0.0 to 0.99")),
+        ("lora", {"dropout": "much"}, ("--set dropout=much", "a number from 0.0 to 0.99")),
         ("full", {"rank": "4"}, ("--set rank", "full", "none")),
     ],
 )
@@ -119,7 +139,7 @@ def test_knobs_out_of_range_are_refused(knob):
 def test_unknown_strategy_names_a_near_one():
     with pytest.raises(ConfigError) as error:
         catalogue.strategy("ckpt-layr")
-    assert all(part in str(error.value) for part in ("ckpt-layr", "Did you mean ckpt-layer?", *SIX))
+    assert all(part in str(error.value) for part in ("ckpt-layr", "Did you mean ckpt-layer?", *NAMES))
     with pytest.raises(ConfigError) as error:
         catalogue.strategy("zzz")
     assert "Did you mean" not in str(error.value)

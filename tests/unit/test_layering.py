@@ -141,24 +141,24 @@ def test_modeling_imports_torch_transformers_and_its_own_folder(file):
     assert "import dlrscale" not in file.read_text(encoding="utf-8")
 
 
+VALUES = {axis: set(catalogue.choices(axis)) - {usual} for axis, usual in catalogue.AXES.items()}
+
+
 def test_the_catalogue_and_the_files_of_attacks_hold_together():
-    files = {f.stem.replace("_", "-") for f in (PACKAGE / "attacks").glob("*.py")} - {"--init--"}
-    assert files == (set(catalogue.TRANSFORMS) | set(catalogue.TRAINABLE)) - {"none", "all"}
+    """One file per value of an axis, and one per lever that acts inside a model, named after its strategy."""
+    files = {f.stem.replace("_", "-") for f in (PACKAGE / "attacks").glob("*.py")} - {"--init--", "levers", "stored"}
+    values = set().union(*VALUES.values())
+    assert values <= files
+    assert files - values <= set(catalogue.STRATEGIES)
 
 
 def test_each_attack_file_has_its_function():
     from dlrscale import attacks
 
-    for names, function in ((catalogue.TRANSFORMS, "apply"), (catalogue.TRAINABLE, "choose")):
-        for name in set(names) - {"none", "all"}:
-            assert callable(getattr(attacks.find(name), function)), name
-
-
-def test_every_name_of_the_catalogue_is_used_by_a_strategy():
-    rows = catalogue.STRATEGIES.values()
-    assert {s.transform for s in rows} == set(catalogue.TRANSFORMS)
-    assert {s.trainable for s in rows} == set(catalogue.TRAINABLE)
-    assert {s.gradient for s in rows} == set(catalogue.GRADIENTS)
+    functions = {"transform": ("apply",), "trainable": ("choose",), "gradient": ("forward", "objective")}
+    for axis, names in VALUES.items():
+        for name in names:
+            assert any(callable(getattr(attacks.find(name), function, None)) for function in functions[axis]), name
 
 
 def test_modules_and_functions_stay_small():

@@ -216,14 +216,16 @@ def test_flattened_and_unlocked_sides(make_llama):
     base = make_llama().config.to_dict()
     locked = locked_config(base, "gated", 4)
     question = sides.Question(
-        config=locked, strategy="flatten", levers=catalogue.DEFAULT_LEVERS, knobs={},
+        config=locked, entry=catalogue.strategy("flatten"), levers=catalogue.DEFAULT_LEVERS, knobs={},
         ds_config={"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 1}, dtype="fp32", micro_batch=2,
         seq_len=32, num_ranks=2, nodes=1, ranks_per_node=2, depth=9, form="plain", rank=None, layers=None,
         attention="sdpa", hardware=DEVICE,
     )  # fmt: skip
     plans = sides.attack_plans(question)
     assert plans["base"].needs.phases == plans["locked"].needs.phases
-    kept = sides.attack_plans(dataclasses.replace(question, strategy="full", levers=catalogue.Levers()))
+    kept = sides.attack_plans(
+        dataclasses.replace(question, entry=catalogue.strategy("full"), levers=catalogue.Levers())
+    )
     assert kept["base"].activations.held_bytes < kept["locked"].activations.held_bytes
     assert len(sides.sides(question)["locked"].ranks[0]) == 4
     with pytest.raises(ConfigError, match="locked already"):

@@ -1,7 +1,6 @@
 """The planned saved bytes and FLOPs against hooks and torch's counter on live models: whole numbers, no tolerance."""
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from test_layout import VARIANTS, build, locked_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlrscale import attacks, catalogue, shapes
+from dlrscale.config import AttackConfig
 from dlrscale.evaluate import cross_entropy_sum
 from dlrscale.jobs.attack import saved_formula
 from dlrscale.measure import SavedBytes
@@ -184,7 +184,9 @@ def test_the_closed_form_is_the_planned_mlp_part(make_model, family, changes):
     for config, strategy, efficient in itertools.product(
         (base, locked_config(base, "plain", 2)), ("full", "lora-attn"), (True, False)
     ):
-        job = SimpleNamespace(strategy=strategy, knobs=KNOBS, activation_checkpointing="none", dtype="fp32")
+        job = AttackConfig(
+            model="", data="", out="", strategy=strategy, knobs=KNOBS, activation_checkpointing="none", dtype="fp32"
+        )
         section = {"stage": 3, "memory_efficient_linear": efficient}
         found = saved_formula(job, {"zero_optimization": section}, shapes.model_shape(config))
         trainable = catalogue.strategy(strategy).trainable

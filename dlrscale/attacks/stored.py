@@ -46,6 +46,8 @@ class Stored:
         base = tensor._base if tensor._base is not None else tensor
         if isinstance(base, nn.Parameter):
             return tensor
+        if tensor.dim() == 0:  # a coupling b: a buffer
+            return self.saved(tensor)
         storage = tensor.untyped_storage()
         address = storage._cdata
         key = (address, tensor._version, self.key(tensor))

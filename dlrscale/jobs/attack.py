@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from dlrscale import attacks, export, models, shapes
 from dlrscale.attacks.levers import Levers, mlp_parts
 from dlrscale.config import AttackConfig
+from dlrscale.data import Batches
 from dlrscale.engine import Engine
-from dlrscale.jobs import forecast
+from dlrscale.jobs import forecast, gates
 from dlrscale.jobs.common import (
     ADAPTER_FOLDER,
     MODEL_FOLDER,
@@ -68,9 +69,13 @@ def attack(run_: Run) -> None:
     done = loop.resume()
     if done:  # counted in the first step, and carried by the checkpoint
         objective.counter, objective.counted, objective.seen = None, loop.state["counted"], loop.state["seen"]
+        run_.gates |= loop.state["gates"]
     else:
         with run_.phases.phase("evaluate"):
-            loop.state = {"start": evaluate("_start"), "counted": objective.counted, "seen": objective.seen}
+            start = evaluate("_start")
+        with run_.phases.phase("check"):
+            run_.gates |= check_gradient(config, ds, levers, batches)
+        loop.state = {"start": start, "counted": objective.counted, "seen": objective.seen, "gates": dict(run_.gates)}
     stage = Stage(name="train", steps=config.steps, lr=config.lr, warmup=config.warmup_steps, objective=objective)
     try:
         loop.run(stage, done)
@@ -84,8 +89,24 @@ def attack(run_: Run) -> None:
         run_.metrics |= loop.summary("train") | loop.state["start"] | objective.counted
         run_.metrics |= saved_formula(config, run_.ds_config, shape)
     compare(run_, objective.seen)
+    run_.gates["engaged"] = gates.engaged(config, levers, run_.plan, ds.describe(), run_.metrics)
     with run_.phases.phase("save"):
         save(run_, ds, model, folder, tokenizer)
+
+
+def check_gradient(config: AttackConfig, ds: Engine, levers: Levers, batches: Batches) -> dict[str, Any]:
+    """The gate `gradient` of a run that goes backward; none where the method has no gradient to compare."""
+    entry = config.entry
+    if not entry.exact:
+        return {"gradient": {"holds": None, "why": f"{entry.gradient} claims no exact gradient"}}
+    found = gates.gradient(ds, levers, batches.step(0).micro_batches[0], config.activation_storage)
+    if not found["holds"] and ds.rank == 0:
+        print(
+            f"INVALID: the gradient of {config.name} is not plain autograd's: cosine {found['cosine']:.6f} (at least "
+            f"{found['least']}), relative error {found['relative_error']:.3g} on {found['tokens']} tokens.",
+            flush=True,
+        )
+    return {"gradient": found}
 
 
 def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None, alone: bool = False) -> None:
@@ -106,7 +127,9 @@ def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None, alo
     plan = forecast.forecast(run_.config, run_.ds_config)
     run_.plan |= forecast.measured(plan, seen if "saved_bytes" in seen else {}, held, peaks)
     errors = {f"plan/error_percent_{k.removesuffix('_bytes')}": v for k, v in run_.plan["error_percent"].items()}
-    run_.metrics |= {"plan/peak_bytes": plan.needs.peak_bytes} | {k: v for k, v in errors.items() if v is not None}
+    run_.metrics |= {"plan/peak_bytes": plan.needs.peak_bytes, "plan/params_trainable": plan.model.trained} | {
+        k: v for k, v in errors.items() if v is not None
+    }
 
 
 def build(config: AttackConfig, folder: Path) -> tuple[nn.Module, shapes.ModelShape, Levers]:

@@ -56,6 +56,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, Any] = field(default_factory=dict)
     engine: Engine | None = None
 
     def start_engine(self, model: nn.Module, trainable: list[nn.Parameter]) -> Engine:

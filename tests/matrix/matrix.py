@@ -141,7 +141,7 @@ def write(out: Path, rows: list[dict], refused: dict[str, str], seconds: float) 
         "",
         "A cell counts the jobs that passed of those that ran, over the base and three forms at K = 8 and 64: outcome "
         "ok, the gradient gate (cosine of at least 0.999 with plain autograd on the real model; 0.99 for act-int8), "
-        "engaged (trained parameters, saved and offloaded bytes within 3 % of the plan), and for exact strategies on all "
+        "engaged (trained parameters, saved and offloaded bytes within 3 % of the plan), and exact ones on all "
         f"parameters the losses of `full` within {TOLERANCE:g}. One line per job: `matrix.jsonl`.",
         "",
         "| strategy | " + " | ".join(f"{model}, {ranks} rank{'s' * (ranks > 1)}" for model, ranks in kinds)

@@ -31,7 +31,9 @@ class Levers:
     def __init__(self, model: nn.Module, shape: ModelShape, config: AttackConfig):
         self.model = model
         self.on = True
-        for part in mlp_parts(model, shape).values():
+        for label, part in mlp_parts(model, shape).items():
+            if not label.isdigit():  # pieces of an MLP that is no module: only a DLR-Net can be in the place of one
+                continue
             ways = [part.forward]
             if isinstance(part, DLRNet):
                 ways += self._through_net(part, config, shape.activation)

@@ -79,12 +79,40 @@ def preflight(config: RunConfig) -> dict[str, Any]:
                 f"--start warm is not defined for --form {config.form} on {shape.family.model_type}, whose MLPs are "
                 f"{shape.kind}. Take --start cold."
             )
-    elif shape.locked and config.entry.transform == "flatten":
+    else:
+        check_levers(config, shape)
+    if isinstance(config, AttackConfig) and shape.locked and config.entry.transform == "flatten":
         models.check_generation(config.model)
         shapes.check_flattens(shape)
     if config.data:
         load_corpora(config, models.load_tokenizer(config.model))
     return merged
+
+
+def check_levers(config: AttackConfig, shape: shapes.ModelShape) -> None:
+    """Refuse what the levers of an attack cannot do on a model.
+
+    Args:
+        config: The attack.
+        shape: The shape of the model that it is given.
+
+    Raises:
+        ConfigError: If there is such.
+    """
+    faults = []
+    if config.entry.gradient == "reverse" and config.knobs.get("dropout"):
+        faults.append(
+            f"--set dropout={config.knobs['dropout']}: --gradient reverse runs each block again, and another dropout "
+            "would give another code. Take dropout=0, or --gradient backprop."
+        )
+    unlocked = shape.layers > len(shape.ranks or {}) or config.entry.transform in ("flatten", "undistil")
+    if config.tiles > 1 and shape.family.inline and unlocked:
+        faults.append(
+            f"--tiles {config.tiles}: the MLPs of {shape.family.model_type} are no modules of their own, so that their "
+            "tokens cannot be tiled. Leave it out, or take another strategy."
+        )
+    if faults:
+        raise ConfigError(faults)
 
 
 def check_checkpoints(config: RunConfig) -> None:

@@ -11,7 +11,9 @@ from dlrscale import catalogue, models, shapes
 from dlrscale.attacks import act_int8, reverse, tile_tokens
 from dlrscale.attacks.levers import Levers, mlp_parts
 from dlrscale.config import AttackConfig
+from dlrscale.errors import ConfigError
 from dlrscale.evaluate import cross_entropy_sum
+from dlrscale.jobs import check_levers
 from dlrscale.measure import SavedBytes
 from dlrscale.modeling.dlr_net import DLRNet
 
@@ -227,3 +229,14 @@ def test_checkpointed_inputs_go_to_the_host(make_model):
 def test_levers_find_their_modules(make_model):
     model = built(make_model, "gpt2", "plain")
     assert len(mlp_parts(model, shapes.model_shape(model.config.to_dict()))) == 2
+
+
+def test_levers_that_a_model_cannot_have_are_refused(make_model):
+    shape = shapes.model_shape(make_model("opt").config.to_dict())
+    with pytest.raises(ConfigError, match="--tiles 4: the MLPs of opt are no modules"):
+        check_levers(attack_config("tile-tokens", tiles=4), shape)
+    locked = shapes.model_shape(locked_config(make_model("opt").config.to_dict(), "plain", 4))
+    check_levers(attack_config("tile-tokens", tiles=4), locked)
+    mixed = dataclasses.replace(attack_config("reverse", trainable="lora"), knobs={"anchor": 0, "dropout": 0.1})
+    with pytest.raises(ConfigError, match=r"--set dropout=0.1: --gradient reverse"):
+        check_levers(mixed, locked)

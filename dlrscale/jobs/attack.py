@@ -90,6 +90,7 @@ def attack(run_: Run) -> None:
         run_.metrics |= saved_formula(config, run_.ds_config, shape)
     compare(run_, objective.seen)
     run_.gates["engaged"] = gates.engaged(config, levers, run_.plan, ds.describe(), run_.metrics)
+    run_.metrics |= gates.metrics(run_.gates)
     with run_.phases.phase("save"):
         save(run_, ds, model, folder, tokenizer)
 

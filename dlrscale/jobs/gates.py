@@ -159,3 +159,10 @@ def engaged(
             key = f"{lever.replace('offload', 'offloaded')}_bytes"
             check(key, "> 0", notes[key], notes[key] > 0)
     return {"checks": checks, "holds": all(entry["holds"] for entry in checks.values())}
+
+
+def metrics(gates: dict[str, Any]) -> dict[str, float]:
+    """What of the gates MLflow shows beside the other metrics: 1 where a gate holds, and how near the gradient is."""
+    found = {f"gates/{name}": float(gate["holds"]) for name, gate in gates.items() if gate.get("holds") is not None}
+    near = {name: gates.get("gradient", {}).get(name) for name in ("cosine", "relative_error")}
+    return found | {f"gates/gradient_{name}": value for name, value in near.items() if value is not None}

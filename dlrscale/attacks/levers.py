@@ -26,9 +26,10 @@ class Levers:
         model: The model; layer checkpointing is on already, where it was asked for.
         shape: Its shape.
         config: The attack.
+        side: A side network that is trained in the place of the model, if there is one.
     """
 
-    def __init__(self, model: nn.Module, shape: ModelShape, config: AttackConfig):
+    def __init__(self, model: nn.Module, shape: ModelShape, config: AttackConfig, side: nn.Module | None = None):
         self.model = model
         self.on = True
         for label, part in mlp_parts(model, shape).items():
@@ -46,7 +47,7 @@ class Levers:
             self.storage = {"host": act_offload, "int8": act_int8}[config.activation_storage].Storage(
                 attention_modules(model, shape)
             )
-            backbone = model.get_submodule(shape.family.mlp.partition(".{}")[0].rpartition(".")[0])
+            backbone = side or model.get_submodule(shape.family.mlp.partition(".{}")[0].rpartition(".")[0])
             backbone.forward = partial(self._stored, backbone.forward)
 
     def _through_net(self, net: DLRNet, config: AttackConfig, activation: str) -> list[Forward]:

@@ -29,6 +29,7 @@ from dlrscale.jobs.pretrain import pretrain
 from dlrscale.launcher.guard import Guard
 from dlrscale.launcher.ranks import OUT_OF_MEMORY, RankNote
 from dlrscale.measure import Phases, check_clean
+from dlrscale.planner.model import attacked
 from dlrscale.record import Outcome
 from dlrscale.train import CHECKPOINT_FOLDER, Diverged
 
@@ -84,6 +85,8 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     if isinstance(config, AttackConfig) and shape.locked and config.entry.transform == "flatten":
         models.check_generation(config.model)
         shapes.check_flattens(shape)
+    if isinstance(config, AttackConfig):
+        check_trained(config, shape)
     if config.data:
         load_corpora(config, models.load_tokenizer(config.model))
     return merged
@@ -113,6 +116,24 @@ def check_levers(config: AttackConfig, shape: shapes.ModelShape) -> None:
         )
     if faults:
         raise ConfigError(faults)
+
+
+def check_trained(config: AttackConfig, shape: shapes.ModelShape) -> None:
+    """Refuse a trainable set that the model does not have, or that cannot be saved as was asked.
+
+    Args:
+        config: The attack.
+        shape: The shape of its model.
+
+    Raises:
+        ConfigError: If it is so.
+    """
+    attacked(shapes.read_config(config.model), shape, config.entry, config.knobs)
+    if config.save_model and not config.entry.trains.merges:
+        raise ConfigError(
+            f"--save-model: what --trainable {config.entry.trainable} trains stands beside the model and does not merge "
+            "into its weights. Leave --save-model out: it is written to the folder adapter in any case."
+        )
 
 
 def check_checkpoints(config: RunConfig) -> None:

@@ -141,7 +141,7 @@ def build(config: AttackConfig, folder: Path) -> tuple[nn.Module, shapes.ModelSh
         folder: The model's folder, after the transform.
 
     Returns:
-        The model, or peft's model around it, its shape, and the levers that act inside it.
+        The model, or what stands around it, its shape, and the levers that act inside it.
     """
     model = models.load_model(folder, config.dtype)
     shape = shapes.model_shape(model.config.to_dict())
@@ -153,16 +153,16 @@ def build(config: AttackConfig, folder: Path) -> tuple[nn.Module, shapes.ModelSh
     else:
         torch.manual_seed(config.seed)  # the adapters' start
         chosen = attacks.find(trainable).choose(model, shape, config.knobs)
-    return chosen.train(), shape, Levers(model, shape, config)
+    return chosen.train(), shape, Levers(model, shape, config, getattr(chosen, "side", None))
 
 
 def save(run_: Run, ds: Engine, model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write what the attack has made: adapters always, the whole model where it was asked for.
+    """Write what the attack has made: adapters and parts always, the whole model where it was asked for.
 
     Args:
         run_: The run.
         ds: Its engine.
-        model: The trained model, or peft's model around it.
+        model: The trained model, or what stands around it.
         folder: The folder that the model was loaded from, after the transform.
         tokenizer: Its tokenizer.
     """

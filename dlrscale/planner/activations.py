@@ -19,22 +19,33 @@ class Activations:
 
     @cached_property
     def layers(self) -> list[Layer]:
-        """One entry per layer; equal layers share one tape."""
-        ranks, flows, found = self.run.shape.ranks or {}, forward.stream_flows(self.run), {}
-        keys = [(ranks.get(i), flows or i > 0) for i in range(self.run.shape.layers)]
+        """One entry per layer that is trained or not; equal layers share one tape. Of a side network its own."""
+        if self.run.training.side:
+            return [forward.side_layer(self.run)] * self.run.shape.layers
+        return self._decoder
+
+    @cached_property
+    def _decoder(self) -> list[Layer]:
+        ranks, first, found = self.run.shape.ranks or {}, self.run.training.first, {}
+        keys = [(ranks.get(i), forward.flows(self.run, i), i >= first) for i in range(self.run.shape.layers)]
         for layer, key in enumerate(keys):
             if key not in found:
                 found[key] = forward.decoder_layer(self.run, layer)
         return [found[key] for key in keys]
 
+    @property
+    def _beside(self) -> list[Layer]:
+        """The layers of the frozen model that a side network stands beside."""
+        return self._decoder if self.run.training.side else []
+
     @cached_property
     def _ends(self) -> tuple[forward.Tape, forward.Tape]:
         return forward.embedding(self.run), forward.head(self.run)
 
-    @property
-    def stream_bytes(self) -> int:
-        """The residual stream between two layers."""
-        return self.run.batch * self.run.length * self.run.shape.width * self.run.size
+    @cached_property
+    def _inputs(self) -> list[int]:
+        """With checkpointing, the bytes of the inputs that are kept of all layers up to each."""
+        return list(accumulate(layer.input_bytes for layer in self.layers))
 
     @property
     def table_bytes(self) -> int:
@@ -56,7 +67,8 @@ class Activations:
     def mask_bytes(self) -> int:
         """GPT-2 hands its mask to a checkpointed layer as an input, where its attention is written out."""
         run = self.run
-        if self.run.checkpointing == "layer" and run.shape.family.model_type == "gpt2" and run.attention == "eager":
+        taken = run.checkpointing == "layer" and self._inputs[-1] and not run.training.side
+        if taken and run.shape.family.model_type == "gpt2" and run.attention == "eager":
             return run.batch * run.length**2 * run.size
         return 0
 
@@ -65,7 +77,7 @@ class Activations:
         """What is held of embedding and layers between forward and backward."""
         ends = self._ends[0].saved_bytes
         if self.run.checkpointing == "layer":
-            return ends + self.run.shape.layers * self.stream_bytes + self.mask_bytes
+            return ends + self._inputs[-1] + self.mask_bytes
         return ends + sum(self.layer_bytes) + self.table_bytes
 
     @property
@@ -77,7 +89,7 @@ class Activations:
         """What is saved while backward goes through a layer: what lies before it, and all of its own."""
         ends = self._ends[0].saved_bytes + self.table_bytes
         if self.run.checkpointing == "layer":
-            return ends + self.mask_bytes + (layer + 1) * self.stream_bytes + self.layer_bytes[layer]
+            return ends + self.mask_bytes + self._inputs[layer] + self.layer_bytes[layer]
         return ends + self._running[layer]
 
     def mlp_bytes(self, layer: int) -> int:
@@ -108,13 +120,13 @@ class Activations:
 
     def fused_flops(self) -> int:
         """FLOPs of fused attention kernels in all of forward, backward and what is run again."""
-        inside = sum(layer.tape.kernel_flops for layer in self.layers)  # one product; forward has 2, backward 4 more
+        inside = sum(layer.tape.kernel_flops for layer in self.layers)  # one product; backward has 4 more
         again = 2 * inside if self.run.checkpointing == "layer" else 0
-        return 7 * inside + again
+        return sum(layer.tape.fused_flops for layer in (*self.layers, *self._beside)) + 5 * inside + again
 
     def flops(self) -> dict[str, int]:
         """FLOPs of forward, of backward, of what is run again in backward, and inside fused kernels."""
-        tapes = [*self._ends, *(layer.tape for layer in self.layers)]
+        tapes = [*self._ends, *(layer.tape for layer in (*self.layers, *self._beside))]
         again = sum(layer.tape.recomputed_flops for layer in self.layers) if self.run.checkpointing == "layer" else 0
         return {
             "forward": sum(tape.forward_flops.total() for tape in tapes),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dlrscale import shapes
 from dlrscale.planner.tape import FP32, INT64, Tape, Tensor, Training
 from dlrscale.shapes import FORMS, ModelShape
 from dlrscale.shapes.layout import GEMMA, LAYER, Layout
@@ -39,9 +40,10 @@ class Pass:
     zero3: bool = False
     label_tokens: int | None = None
 
-    def tape(self, part: str = "") -> Tape:
-        """A fresh tape."""
-        return Tape(self.batch, self.length, self.size, self.training, self.device, part, self.zero3)
+    def tape(self, part: str = "", layer: int | None = None) -> Tape:
+        """A fresh tape, for a decoder layer or for what lies outside of them."""
+        training = self.training if layer is None else self.training.of_layer(layer)
+        return Tape(self.batch, self.length, self.size, training, self.device, part, self.zero3)
 
     @property
     def labels(self) -> int:
@@ -51,16 +53,25 @@ class Pass:
 
 @dataclass(frozen=True)
 class Layer:
-    """What one decoder layer keeps: its tape, its input's storage, and the rotary tables that all layers share."""
+    """What one decoder layer keeps: its tape, its input's storage, and the rotary tables that all layers share.
+
+    `beside` is what it takes besides its input from outside (a side network reads the frozen layer's output).
+    """
 
     tape: Tape
     source: Tensor
     shared: frozenset[int]
+    beside: tuple[Tensor, ...] = ()
 
     def bytes(self, *, without_input: bool = False) -> int:
         """Bytes saved, without the tables that all layers share; with checkpointing its input is kept in any case."""
-        left_out = self.shared | ({self.source.storage} if without_input else set())
+        left_out = self.shared | ({t.storage for t in (self.source, *self.beside)} if without_input else set())
         return sum(size for storage, (_, size) in self.tape.saved.items() if storage not in left_out)
+
+    @property
+    def input_bytes(self) -> int:
+        """What is kept of it where it is checkpointed: its input, or nothing where no gradient goes through it."""
+        return sum(t.elements * t.size for t in (self.source, *self.beside)) if self.tape.saved else 0
 
 
 def stream_flows(run: Pass) -> bool:
@@ -68,6 +79,11 @@ def stream_flows(run: Pass) -> bool:
     projected = run.parts.embedding_width != run.shape.width
     changed = run.training.trained | run.training.adapted
     return embedded_flows(run) or (projected and "projection" in changed)
+
+
+def flows(run: Pass, layer: int) -> bool:
+    """Whether a gradient is asked of the input of a decoder layer, or, behind the last one, of the final norm."""
+    return stream_flows(run) or layer > run.training.first
 
 
 def embedded_flows(run: Pass) -> bool:
@@ -90,20 +106,24 @@ def embedding(run: Pass) -> Tape:
         per_sequence = run.shape.family.model_type == "gpt2"  # its position indices are (1, T)
         tape.save(tape.new(run.length if per_sequence else tape.tokens, False, INT64))
     tape.dropout(x, parts.dropout["embedding"])
+    if run.training.side:
+        side_start(tape, run)
     return tape
 
 
 def head(run: Pass) -> Tape:
     """Final norm, language-model head and loss (evaluate.cross_entropy_sum), on the stream behind the last layer."""
     tape, parts, shape = run.tape("norm"), run.parts, run.shape
-    x = tape.new(tape.tokens * shape.width, True)
+    x = tape.new(tape.tokens * shape.width, flows(run, shape.layers))
     if parts.final_norm:
         x = norm(tape, parts, x, shape.width)
     if parts.embedding_width != shape.width:
         tape.part = "projection"
         x = tape.linear(x, shape.width, parts.embedding_width)
+    if run.training.side:
+        x = tape.add(x, side_update(tape, run))
     tape.part = "head"
-    tape.linear(x, parts.embedding_width, shape.vocabulary)
+    tape.linear(x, parts.embedding_width, shape.vocabulary, bias=parts.head_bias)
     tape.part = "loss"
     tape.save(tape.new(run.labels, False, INT64))  # the places of labels: one storage for all chunks
     for rows in loss_chunks(run):
@@ -132,8 +152,8 @@ def norm(tape: Tape, parts: Layout, x: Tensor, width: int) -> Tensor:
 
 def decoder_layer(run: Pass, layer: int) -> Layer:
     """One decoder layer: attention and MLP or DLR-Net, in the family's wiring."""
-    tape, shape, parts = run.tape(), run.shape, run.parts
-    x = tape.new(tape.tokens * shape.width, layer > 0 or stream_flows(run))
+    tape, shape, parts = run.tape(layer=layer), run.shape, run.parts
+    x = tape.new(tape.tokens * shape.width, flows(run, layer))
     tables = tuple(tape.new(run.length * parts.rotary, False) for _ in range(2))
     before = parts.norm_first
     y = norm(tape, parts, x, shape.width) if before else x
@@ -149,6 +169,44 @@ def decoder_layer(run: Pass, layer: int) -> Layer:
         if not before:
             norm(tape, parts, tape.add(stream, out), shape.width)
     return Layer(tape, x, frozenset(t.storage for t in tables))
+
+
+def side_start(tape: Tape, run: Pass) -> None:
+    """What a side network reads of the embedding's output, which is normalised without a gradient: s_0 = P_0 h_0."""
+    tape.part = "side"
+    tape.linear(tape.new(tape.tokens * run.shape.width, False), run.shape.width, run.training.side)
+
+
+def side_layer(run: Pass) -> Layer:
+    """A layer of a side network, on what it has so far and a frozen layer's output (attacks/ladder.py)."""
+    tape, width, side = run.tape("side"), run.shape.width, run.training.side
+    tokens, heads = tape.tokens, shapes.side_heads(side)
+    s, h = tape.new(tokens * side, True), tape.new(tokens * width, False)
+    seen = tape.linear(h, width, side)
+    difference = tape.add(s, seen)
+    stream = tape.add(seen, tape.multiply(tape.kept_output(tape.new(1, True)), difference))
+    qkv = tape.linear(rms_divided(tape, stream), side, 3 * side)
+    attended = tape.new(tokens * side, True)
+    for kept in (qkv, attended, tape.new(tokens * heads, False, FP32)):
+        tape.save(kept)
+    products = 2 * run.batch * run.length**2 * side
+    tape.forward_flops[tape.part] += 2 * products
+    tape.fused_flops += 2 * products
+    tape.backward_flops[tape.part] += 4 * products
+    tape.kernel_flops += products
+    stream = tape.add(stream, tape.linear(attended, side, side))
+    both = tape.linear(rms_divided(tape, stream), side, 4 * side)
+    gate, up = (tape.view(both, 2 * tokens * side) for _ in range(2))
+    hidden = tape.multiply(tape.activation(gate, "silu"), up)
+    tape.add(stream, tape.linear(hidden, 2 * side, side))
+    return Layer(tape, s, frozenset(), (h,))
+
+
+def side_update(tape: Tape, run: Pass) -> Tensor:
+    """What a side network adds to the last hidden state: U n(s_N)."""
+    tape.part = "side"
+    last = tape.new(tape.tokens * run.training.side, True)
+    return tape.linear(rms_divided(tape, last), run.training.side, run.parts.embedding_width)
 
 
 def mlp(tape: Tape, run: Pass, x: Tensor, layer: int) -> Tensor:
@@ -170,15 +228,15 @@ def base_mlp(tape: Tape, shape: ModelShape, x: Tensor, own: bool) -> Tensor:
     """down(s(gate x) * up x), or down(s(up x))."""
     tokens, inner = tape.tokens, shape.inner
     if not shape.family.gated:
-        hidden = tape.activation(tape.linear(x, shape.width, inner, own), shape.activation)
+        hidden = tape.activation(tape.linear(x, shape.width, inner, own, shape.mlp_bias), shape.activation)
     else:
         if shape.family.fused:
-            both = tape.linear(x, shape.width, 2 * inner)
+            both = tape.linear(x, shape.width, 2 * inner, bias=shape.mlp_bias)
             gate, up = tape.view(both, tokens * inner), tape.view(both, tokens * inner)
         else:
-            gate, up = tape.linear(x, shape.width, inner), tape.linear(x, shape.width, inner)
+            gate, up = (tape.linear(x, shape.width, inner, bias=shape.mlp_bias) for _ in range(2))
         hidden = tape.multiply(tape.activation(gate, shape.activation), up)
-    return tape.linear(hidden, inner, shape.width, own)
+    return tape.linear(hidden, inner, shape.width, own, shape.mlp_bias)
 
 
 def dlr_net(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...], flat: bool = False) -> Tensor:
@@ -188,7 +246,7 @@ def dlr_net(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...], fl
         u = x if d is None or flat else tape.add(x, tape.scale(d))
         if form.norm:
             u = rms_divided(tape, u)
-        hidden = tape.linear(u, shape.width, rank * (2 if form.gated else 1))
+        hidden = tape.linear(u, shape.width, rank * (2 if form.gated else 1), bias=shape.mlp_bias)
         if form.gated:
             gate, up = tape.view(hidden, tokens * rank), tape.view(hidden, tokens * rank)
             hidden = tape.multiply(tape.activation(gate, shape.activation), up)
@@ -225,13 +283,13 @@ def rms_divided(tape: Tape, u: Tensor) -> Tensor:
 
 def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
     """Self-attention: maps, rotation, the products or the fused kernel, and the output map."""
-    parts, width = run.parts, run.shape.width
+    parts, width, own = run.parts, run.shape.width, run.shape.family.own_maps
     tape.part = "attention"
     inner, narrow = parts.heads * parts.head_dim, parts.kv_heads * parts.head_dim
     if parts.fused:
-        q, k, v = split_heads(tape, run, tape.linear(x, width, parts.qkv_width, run.shape.family.own_maps))
+        q, k, v = split_heads(tape, run, tape.linear(x, width, parts.qkv_width, own, parts.qkv_bias))
     else:
-        q, k, v = (tape.linear(x, width, outputs) for outputs in (inner, narrow, narrow))
+        q, k, v = (tape.linear(x, width, outputs, bias=parts.qkv_bias) for outputs in (inner, narrow, narrow))
         q, k, v = (tape.view(t, t.elements, compact=False) for t in (q, k, v))
     if run.shape.family.model_type == "opt":
         q = tape.scale(q)
@@ -242,7 +300,7 @@ def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> T
         q, k = (rotate(tape, parts, t, tables) for t in (q, k))
     fused = run.attention == "sdpa" and not falls_back(run)
     out = fused_attention(tape, run, q, k, v) if fused else eager_attention(tape, run, q, k, v)
-    return tape.linear(out, inner, width, run.shape.family.own_maps)
+    return tape.linear(out, inner, width, own, parts.out_bias)
 
 
 def falls_back(run: Pass) -> bool:
@@ -273,7 +331,9 @@ def split_heads(tape: Tape, run: Pass, both: Tensor) -> tuple[Tensor, Tensor, Te
 
 def qk_norm(tape: Tape, parts: Layout, x: Tensor) -> Tensor:
     """A norm over each head of queries or keys."""
+    part, tape.part = tape.part, "norm"
     y = (tape.layer_norm if parts.qk_norm == LAYER else tape.rms_norm)(x, parts.head_dim)
+    tape.part = part
     return tape.view(y, y.elements, compact=False)
 
 
@@ -324,6 +384,7 @@ def fused_attention(tape: Tape, run: Pass, q: Tensor, k: Tensor, v: Tensor) -> T
             tape.save(tape.new(run.batch * run.length**2, False))
     products = 2 * run.batch * parts.heads * run.length**2 * parts.head_dim
     tape.forward_flops[tape.part] += 2 * products
+    tape.fused_flops += 2 * products
     if out.grad:
         tape.backward_flops[tape.part] += 4 * products
         tape.kernel_flops += products

@@ -9,7 +9,7 @@ and addition, as torch.utils.flop_counter does; causal attention counts whole.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dlrscale.catalogue import PARTS
 
@@ -29,12 +29,27 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What of a model is trained: the weights of the parts in `trained`, adapters of `rank` on those in `adapted`."""
+    """What of a model is trained: the weights of the parts in `trained`, adapters of `rank` on those in `adapted`.
+
+    `biases`: all biases besides, whatever part they belong to. Decoder layers before `first` are frozen whole. `side`
+    is the width of a side network beside the frozen model, whose passes then keep nothing.
+    """
 
     trained: frozenset[str] = PARTS
     adapted: frozenset[str] = frozenset()
     rank: int = 0
     adapter_dropout: float = 0.0
+    biases: bool = False
+    first: int = 0
+    side: int = 0
+
+    def has(self, part: str, bias: bool = False, layer: int | None = None) -> bool:
+        """Whether tensors of a part are trained, outside of the decoder layers or in one of them."""
+        return (layer is None or layer >= self.first) and (part in self.trained or (bias and self.biases))
+
+    def of_layer(self, layer: int) -> Training:
+        """What of one decoder layer is trained."""
+        return self if layer >= self.first else replace(self, trained=frozenset(), adapted=frozenset(), biases=False)
 
 
 @dataclass
@@ -43,7 +58,7 @@ class Tape:
 
     `saved` is bytes by storage with the part that saved it first. `recomputed_flops` are forward's up to the last thing
     that is saved: torch's checkpointing stops there when it runs a part again. `kernel_flops` are what fused kernels
-    compute again inside themselves in backward. `device` is `cuda` or `cpu`, where they differ. `zero3`: DeepSpeed's
+    compute again inside themselves in backward, `fused_flops` those that they compute in forward. `device` is `cuda` or `cpu`, where they differ. `zero3`: DeepSpeed's
     own function stands in the place of torch's linear map (zero/linear.py, `LinearFunctionForZeroStage3`); it keeps
     its input, when it has run, also where the weight is frozen.
     """
@@ -60,6 +75,7 @@ class Tape:
     forward_flops: Counter[str] = field(default_factory=Counter)
     backward_flops: Counter[str] = field(default_factory=Counter)
     kernel_flops: int = 0
+    fused_flops: int = 0
     _storages: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -99,27 +115,28 @@ class Tape:
         """Whether the weights of the present part are trained."""
         return self.part in self.training.trained
 
-    def linear(self, x: Tensor, width: int, outputs: int, own: bool = False) -> Tensor:
+    def linear(self, x: Tensor, width: int, outputs: int, own: bool = False, bias: bool = False) -> Tensor:
         """x @ W^T (+ bias), with an adapter where the present part has one: B(A(dropout(x))) * scale beside it.
 
         A trained weight keeps its input. peft's adapter keeps the input of A (its own copy behind a dropout) and of B.
-        `own`: the family does not call torch's linear map (GPT-2's Conv1D, Falcon's product).
+        `own`: the family does not call torch's linear map (GPT-2's Conv1D, Falcon's product). `bias`: there is one; a
+        trained one keeps nothing, but where DeepSpeed's own function keeps the input for any gradient.
         """
         rows, training, trained = x.elements // width, self.training, self.weights_trained()
-        replaced = self.zero3 and not own
-        self._map(x, rows * width * outputs, trained, replaced)
+        replaced, biased = self.zero3 and not own, bias and training.biases
+        self._map(x, rows * width * outputs, trained, replaced, biased)
         if self.part not in training.adapted:
-            return self.new(rows * outputs, x.grad or trained)
+            return self.new(rows * outputs, x.grad or trained or biased)
         inside = self.dropout(x, training.adapter_dropout)
         self._map(inside, rows * width * training.rank, True, self.zero3)
         self._map(self.new(rows * training.rank, True), rows * training.rank * outputs, True, self.zero3)
         return self.new(rows * outputs, True)
 
-    def _map(self, x: Tensor, multiplications: int, trained: bool, replaced: bool) -> None:
+    def _map(self, x: Tensor, multiplications: int, trained: bool, replaced: bool, biased: bool = False) -> None:
         if trained and not replaced:
             self.save(x)
         self.product(multiplications, x.grad, trained)
-        if replaced and (x.grad or trained):
+        if replaced and (x.grad or trained or biased):
             self.save(x)
 
     def product(self, multiplications: int, first: bool, second: bool) -> None:

@@ -189,6 +189,8 @@ class Ending:
                 "error": error,
             }
             self.entry["config"] |= job.notes
+            if job.gates:
+                self.entry["gates"] = job.gates
             if self.entry.get("plan") is not None:
                 self.entry["plan"] |= job.plan
             record.append_line(job.out / record.RECORDS_FILE, self.entry)

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "dlrscale"
 # A module imports only modules that stand before it. `embedded_model` holds data, no code.
 ORDER = (
     "__init__", "errors", "record", "shapes", "folders", "catalogue", "config", "search", "planner", "report",
-    "tracking", "launcher", "study", "measure", "engine", "modeling", "dlr", "models", "surgery", "data", "evaluate", "train",
-    "distil", "export", "attacks", "jobs", "cli",
+    "tracking", "launcher", "study", "measure", "engine", "modeling", "dlr", "models", "surgery", "data", "evaluate",
+    "train", "distil", "export", "attacks", "jobs", "cli",
 )  # fmt: skip
 WITHOUT_TORCH = (
     "errors",

@@ -82,4 +82,4 @@ class Sampler:
 
 def settings(trials: int) -> tuple[int, int]:
     """How many of so many trials are random, and how many must have ended before one is pruned."""
-    return min(10, max(2, trials // 3)), min(5, max(2, trials // 4))
+    return min(10, max(3, trials // 3)), min(5, max(2, trials // 4))

@@ -93,6 +93,8 @@ def targets(lock: Lock) -> Table:
         *((title, SIDES) for title, _ in SPENT),
         ("tokens with the search", SIDES),
     ]
+    if all(row[-1] == MISSING for row in rows):  # the trials are not among the records
+        groups, rows = groups[:-1], [row[: -len(SIDES)] for row in rows]
     note = (
         "To the first held-out evaluation at or below the target, nothing interpolated; >: not reached in all that was "
         "spent. FLOPs: planned. Device-hours: time of steps and data on all devices."
@@ -124,8 +126,8 @@ def _censored(pair: Pair, values: Sequence[float | None]) -> list[str]:
 
 
 def amount(value: float) -> str:
-    """A cost: whole numbers with their thousands apart, large and small ones in powers of ten."""
-    if value == 0 or 1 <= abs(value) < 1e9:
+    """A cost: whole numbers with their thousands apart, large ones in powers of ten."""
+    if abs(value) < 1e9:
         return count(value) if value == int(value) else significant(value)
     return f"{value:.3g}"
 

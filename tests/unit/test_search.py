@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dlrscale import cli, data, engine, launcher, record, search
 from dlrscale import config as configuration
-from dlrscale import data, engine, record, search
 from dlrscale.cli import run as cli_run
 from dlrscale.cli import search as cli_search
 from dlrscale.config import AttackConfig
@@ -297,6 +297,100 @@ def test_no_item_is_tuned_and_reported_on(count):
     assert not halves[0] & halves[1]
     with pytest.raises(ConfigError, match="--heldout-limit"):
         data.heldout_half(whole.subset(slice(0, 1)), "report")
+
+
+# --- The command ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys, llama_folder):
+    """`dlrscale attack` on a tiny model in an empty folder: (exit code, stdout, stderr); no rank may start."""
+
+    def start(*args):
+        raise AssertionError("a rank would have started")
+
+    monkeypatch.setattr(launcher, "run", start)
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "text.txt").write_text("the cat sat on a mat and saw two dogs run far away from home " * 40)
+
+    def call(*args):
+        capsys.readouterr()
+        words = ["attack", "--model", str(llama_folder), "--data", str(tmp_path / "text.txt"), "--seq-len", "16",
+                 "--tracking-uri", "none", *map(str, args)]  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        out, err = capsys.readouterr()
+        assert list((tmp_path / "work").iterdir()) == []
+        return stop.value.code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["--trials", 0], "--trials"),
+        (["--lr-range", "1e-5,1e-3"], "--lr-range is for a search"),
+        (["--trials", 2, "--lr-range", "1"], "--lr-range 1: write LOW,HIGH"),
+        (["--seeds", "0,0"], "--seeds 0,0"),
+        (["--target", "low"], "--target low"),
+        (["--target", "base+0.1"], "give --base"),
+        (["--trials", 2, "--heldout-limit", 1], "--heldout-limit"),
+        (["--trials", 2, "--seq-len", 100000], "--seq-len"),
+    ],
+)
+def test_what_is_wrong_is_told_before_a_rank_starts(call, options, fault):
+    code, _, err = call("--strategy", "lora", *options)
+    assert code == 2
+    assert fault in err
+
+
+def test_all_that_is_wrong_is_told_at_once(call):
+    _, _, err = call("--strategy", "lora", "--seeds", "x", "--target", "y", "--trials", 1, "--lr-range", "z")
+    assert all(option in err for option in ("--seeds x", "--target y", "--lr-range z"))
+
+
+@pytest.mark.parametrize(
+    ("file", "fault"),
+    [({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr"),
+     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3}}}, "scheduler")],
+)  # fmt: skip
+def test_a_file_that_decides_the_rate_is_refused(call, tmp_path, file, fault):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1}} | file))
+    code, _, err = call("--strategy", "lora", "--trials", 2, "--deepspeed_config", tmp_path / "ds.json")
+    assert code == 2
+    assert "--trials tunes the learning rate" in err
+    assert fault in err
+
+
+def test_a_dry_run_shows_the_space(call):
+    code, out, err = call("--strategy", "lora", "--trials", 2, "--steps", 20, "--micro-batch", 2, "--dry-run")
+    assert code == 0, err
+    (line,) = (line for line in out.splitlines() if line.startswith("# 2 trials over "))
+    shown = json.loads(line.removeprefix("# 2 trials over "))
+    assert shown["batch"] == {"choices": [0.5, 1.0, 2.0]}
+    assert shown["lr"] == {"low": 1e-5, "high": 3e-2, "log": True}
+    assert "knob.rank" in shown
+
+
+def test_a_batch_that_the_data_do_not_fill_is_left_out(call, tmp_path):
+    """Of 60 records 3 are held out: 57 are more than one global batch of 32, and less than two."""
+    (tmp_path / "task.jsonl").write_text('{"prompt": "the cat ", "completion": "sat"}\n' * 60)
+    line = ["--data", tmp_path / "task.jsonl", "--strategy", "lora", "--trials", 2, "--steps", 20, "--dry-run"]
+    assert '"batch": {"choices": [0.5, 1.0]}' in call(*line, "--micro-batch", 32)[1]
+    assert '"batch": {"choices": [0.5, 1.0, 2.0]}' in call(*line, "--micro-batch", 28)[1]
+
+
+def test_a_direct_launch_is_one_run(call, monkeypatch):
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    code, _, err = call("--strategy", "lora", "--seeds", "0,1")
+    assert code == 2
+    assert "a direct launch is one run" in err
 
 
 # --- Going on -------------------------------------------------------------------------------------------------

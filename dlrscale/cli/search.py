@@ -282,6 +282,8 @@ class Side:
 
     def settle(self) -> None:
         """Bring target and seeds to where they are told: a target above the base's best is known only now."""
+        from dlrscale import tracking
+
         target = self.wanted.target
         if target is not None and target.margin is not None and self.records:
             folders = [self.out / f"seed-{entry['seed']}" for entry in self.records]
@@ -290,6 +292,8 @@ class Side:
             if found:
                 limit = min(found) + target.margin
                 self.records = [amended(e, f, limit) for e, f in zip(self.records, folders, strict=True)]
+                for folder in folders if self.config.tracking_uri != "none" else ():
+                    tracking.replay_quietly(folder, self.config.tracking_uri)
         if self.searched is not None:
             self.searched["repeats"] = result.repeats(self.records, self.searched["spent"])
             record.write_atomic(self.out / result.FILE, record.dumps(self.searched, indent=1) + "\n")

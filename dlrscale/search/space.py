@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dlrscale.config import AttackConfig
@@ -27,6 +27,12 @@ class Range:
     log: bool = False
     whole: bool = False
     choices: tuple[float, ...] = ()
+
+    def described(self) -> dict[str, Any]:
+        """As a record holds it."""
+        if self.choices:
+            return {"choices": list(self.choices)}
+        return {"low": self.low, "high": self.high, "log": self.log, "whole": self.whole}
 
     def holds(self, value: float) -> bool:
         """Whether a value lies in it."""
@@ -61,7 +67,7 @@ class Space:
 
     def described(self) -> dict[str, Any]:
         """As a record holds it."""
-        return {r.name: {k: v for k, v in asdict(r).items() if k != "name" and v} for r in self.ranges}
+        return {r.name: r.described() for r in self.ranges}
 
 
 def resized(config: AttackConfig, factor: float) -> AttackConfig:

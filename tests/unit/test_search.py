@@ -373,7 +373,7 @@ def test_a_dry_run_shows_the_space(call):
     (line,) = (line for line in out.splitlines() if line.startswith("# 2 trials over "))
     shown = json.loads(line.removeprefix("# 2 trials over "))
     assert shown["batch"] == {"choices": [0.5, 1.0, 2.0]}
-    assert shown["lr"] == {"low": 1e-5, "high": 3e-2, "log": True}
+    assert shown["lr"] == {"low": 1e-5, "high": 3e-2, "log": True, "whole": False}
     assert "knob.rank" in shown
 
 
@@ -436,7 +436,7 @@ def jobs_run(monkeypatch):
 @pytest.fixture
 def side(llama_folder, tmp_path):
     def make(out="out", **changes):
-        config = given(model=str(llama_folder), data=__file__, out=str(tmp_path / out), name="n")
+        config = given(model=str(llama_folder), data=__file__, out=str(tmp_path / out), name="n", tracking_uri="none")
         points = space.space(config, (1e-5, 3e-2), (), (0.5, 1.0, 2.0))
         values = {"trials": 8, "lr_range": (1e-5, 3e-2), "seeds": (0, 1), "target": Target(margin=0.1)} | changes
         return cli_search.Side(config, Wanted(**values), points, None)

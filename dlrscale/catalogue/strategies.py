@@ -8,9 +8,17 @@ from __future__ import annotations
 from dlrscale.catalogue.axes import Knob, Levers, Strategy, Trains
 
 _LORA_KNOBS = (
-    Knob(name="rank", default=8, low=1, high=65536, text="rank of the adapters"),
-    Knob(name="alpha", default=16, low=1, high=65536, text="scale of the adapters, alpha / rank"),
-    Knob(name="dropout", default=0.0, low=0.0, high=0.99, text="dropout on the adapters' input"),
+    Knob(name="rank", default=8, low=1, high=65536, text="rank of the adapters", search=(2, 64), log=True),
+    Knob(
+        name="alpha",
+        default=16,
+        low=1,
+        high=65536,
+        text="scale of the adapters, alpha / rank",
+        search=(4, 128),
+        log=True,
+    ),
+    Knob(name="dropout", default=0.0, low=0.0, high=0.99, text="dropout on the adapters' input", search=(0.0, 0.2)),
 )
 
 ROWS: tuple[Strategy, ...] = (
@@ -163,7 +171,7 @@ ROWS: tuple[Strategy, ...] = (
         name="ladder",
         idea="a narrow side network on the outputs of all layers of the frozen model, which runs without a graph",
         source="LST, arXiv 2206.06522",
-        saved="D + d per token and layer, d = D / reduction the side's width; about D + 16 d where none is checkpointed",
+        saved="D + d per token and layer, d = D / reduction the side's width; about D + 16 d without checkpointing",
         cost="1 forward of the model; of the side, about reduction^2 times smaller, 2 forwards and 1 backward",
         trainable="ladder",
         trains=Trains(parts=frozenset(), side="reduction", merges=False),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dlrscale import attacks, export, models, shapes
+from dlrscale import attacks, export, folders, models, search, shapes
 from dlrscale.attacks.levers import Levers, mlp_parts
 from dlrscale.config import AttackConfig
 from dlrscale.data import Batches
@@ -36,6 +36,7 @@ def attack(run_: Run) -> None:
     """Fine-tune one model by one strategy and measure what it cost (design: attacking)."""
     config: AttackConfig = run_.config
     entry = config.entry
+    run_.gates |= search.gates(config, "locked" if folders.read_manifest(config.model) else "base")
     with run_.phases.phase("load"):
         folder = Path(config.model)
         tokenizer = models.load_tokenizer(folder)
@@ -65,6 +66,7 @@ def attack(run_: Run) -> None:
         out=run_.out,
         sink=run_.sink,
         evaluate=evaluate,
+        stop_above=config.stop_above,
     )
     done = loop.resume()
     if done:  # counted in the first step, and carried by the checkpoint
@@ -79,8 +81,12 @@ def attack(run_: Run) -> None:
     stage = Stage(name="train", steps=config.steps, lr=config.lr, warmup=config.warmup_steps, objective=objective)
     try:
         loop.run(stage, done)
-        with run_.phases.phase("evaluate"):
-            run_.metrics |= evaluate()
+        if loop.pruned_at is None:
+            with run_.phases.phase("evaluate"):
+                run_.metrics |= evaluate()
+        else:
+            run_.notes["pruned_at"] = loop.pruned_at
+            run_.metrics |= {k: v for k, v in loop.rows[-1].items() if k.startswith("loss/heldout_")}
     except BaseException:
         with suppress(Exception):  # whatever fails here must not hide how the run ended
             compare(run_, objective.seen, alone=True)
@@ -88,9 +94,12 @@ def attack(run_: Run) -> None:
     finally:
         run_.metrics |= loop.summary("train") | loop.state["start"] | objective.counted
         run_.metrics |= saved_formula(config, run_.ds_config, shape)
+        run_.metrics |= bill(run_, loop.rows)
     compare(run_, objective.seen)
     run_.gates["engaged"] = gates.engaged(config, levers, run_.plan, ds.describe(), run_.metrics)
     run_.metrics |= gates.metrics(run_.gates)
+    if config.is_trial:
+        return
     with run_.phases.phase("save"):
         save(run_, ds, model, folder, tokenizer)
 
@@ -108,6 +117,18 @@ def check_gradient(config: AttackConfig, ds: Engine, levers: Levers, batches: Ba
             flush=True,
         )
     return {"gradient": found}
+
+
+def bill(run_: Run, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What the run has cost so far, its transform included, and to its target: `search.bill`."""
+    config: AttackConfig = run_.config
+    per_token = None
+    with suppress(Exception):  # whatever fails here must not hide how the run ended
+        per_token = forecast.flops_per_token(config, run_.ds_config)
+    seconds = run_.phases.phases.get("transform", {}).get("seconds", 0.0)
+    tokens, flops = (run_.metrics.get(f"transform/{name}", 0.0) for name in ("tokens", "flops"))
+    before = search.Cost(tokens, flops, seconds * config.num_ranks / 3600)
+    return search.bill(rows, run_.metrics, per_token, config.num_ranks, config.target, before)
 
 
 def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None, alone: bool = False) -> None:

@@ -11,9 +11,9 @@ from dlrscale import catalogue
 PACKAGE = Path(__file__).resolve().parents[2] / "dlrscale"
 # A module imports only modules that stand before it. `embedded_model` holds data, no code.
 ORDER = (
-    "__init__", "errors", "record", "shapes", "folders", "catalogue", "config", "planner", "report", "tracking",
-    "launcher", "study", "measure", "engine", "modeling", "dlr", "models", "surgery", "data", "evaluate", "train",
-    "distil", "export", "attacks", "jobs", "cli",
+    "__init__", "errors", "record", "shapes", "folders", "catalogue", "config", "search", "planner", "report",
+    "tracking", "launcher", "study", "measure", "engine", "modeling", "dlr", "models", "surgery", "data", "evaluate",
+    "train", "distil", "export", "attacks", "jobs", "cli",
 )  # fmt: skip
 WITHOUT_TORCH = (
     "errors",
@@ -22,6 +22,7 @@ WITHOUT_TORCH = (
     "folders",
     "catalogue",
     "config",
+    "search",
     "planner",
     "report",
     "tracking",
@@ -30,6 +31,7 @@ WITHOUT_TORCH = (
 DOORS = {
     "deepspeed": ("engine", "launcher/node"),
     "mlflow": ("tracking",),
+    "optuna": ("search/sampler",),
     "click": ("cli",),
     "peft": ("attacks/lora",),
     "accelerate": ("models", "export"),

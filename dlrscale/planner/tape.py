@@ -60,7 +60,8 @@ class Tape:
     that is saved: torch's checkpointing stops there when it runs a part again. `kernel_flops` are what fused kernels
     compute again inside themselves in backward, `fused_flops` those that they compute in forward. `device` is `cuda` or
     `cpu`, where they differ. `zero3`: DeepSpeed's own function stands in the place of torch's linear map
-    (zero/linear.py, `LinearFunctionForZeroStage3`); it keeps its input, when it has run, also where the weight is frozen.
+    (zero/linear.py, `LinearFunctionForZeroStage3`); it keeps its input, when it has run, also where the weight is
+    frozen.
     """
 
     batch: int

@@ -17,6 +17,7 @@ import torch
 
 from dlrscale import config as configuration
 from dlrscale import data, engine, folders, launcher, models, record, shapes, tracking
+from dlrscale.attacks.students import PART
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
 from dlrscale.errors import describe as describe_error
@@ -29,6 +30,7 @@ from dlrscale.jobs.pretrain import pretrain
 from dlrscale.launcher.guard import Guard
 from dlrscale.launcher.ranks import OUT_OF_MEMORY, RankNote
 from dlrscale.measure import Phases, check_clean
+from dlrscale.planner.model import transformed_shape
 from dlrscale.record import Outcome
 from dlrscale.train import CHECKPOINT_FOLDER, Diverged
 
@@ -79,9 +81,9 @@ def preflight(config: RunConfig) -> dict[str, Any]:
                 f"--start warm is not defined for --form {config.form} on {shape.family.model_type}, whose MLPs are "
                 f"{shape.kind}. Take --start cold."
             )
-    elif shape.locked and config.entry.transform == "flatten":
+    elif shape.locked and config.entry.transform != "none":
         models.check_generation(config.model)
-        shapes.check_flattens(shape)
+        transformed_shape(shape, config.entry.transform, config.knobs)
     if config.data:
         load_corpora(config, models.load_tokenizer(config.model))
     return merged
@@ -96,7 +98,8 @@ def check_checkpoints(config: RunConfig) -> None:
     Raises:
         ConfigError: As `engine.check_layout`.
     """
-    engine.check_layout(Path(config.out) / CHECKPOINT_FOLDER, config.num_ranks, config.zero)
+    for part in ("", PART):
+        engine.check_layout(Path(config.out) / f"{part}{CHECKPOINT_FOLDER}", config.num_ranks, config.zero)
 
 
 def run(
@@ -149,7 +152,7 @@ def run(
                 time.sleep(PEER_S)  # the launcher ends this rank meanwhile, and tells of the one that ended first
             outcome, code = Outcome.FAILED, launcher.EXIT_FAILED
             error = describe_error(reason, out) or f"rank {rank}: {type(reason).__name__}: {reason}"
-            for left in (out / CHECKPOINT_FOLDER).glob("tmp-*"):  # on a full disk, the room is for the record
+            for left in out.glob(f"*{CHECKPOINT_FOLDER}/tmp-*"):  # on a full disk, the room is for the record
                 shutil.rmtree(left, ignore_errors=True)
             if is_out_of_memory(reason):
                 outcome, code = Outcome.OOM, launcher.EXIT_OOM
@@ -200,7 +203,8 @@ class Ending:
             while len(found := self._records()) <= len(self.before) and time.monotonic() < until:
                 time.sleep(0.1)
             if len(found) > len(self.before):
-                files = (job.out / record.RECORDS_FILE, job.out / record.STEPS_FILE)
+                names = (record.RECORDS_FILE, record.STEPS_FILE, f"{PART}{record.STEPS_FILE}")
+                files = [job.out / name for name in names]
                 job.sink.finish(found[-1], [file for file in files if file.exists()])
 
     def _records(self) -> list[dict[str, Any]]:

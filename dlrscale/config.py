@@ -169,6 +169,8 @@ class AttackConfig(RunConfig):
                 f"--public-data {self.public_data}: this strategy does not read it. Leave it out, or take --strategy "
                 "undistil with --set text=public."
             )
+        if self.dtype == "fp16" and self.entry.transform in ("undistil", "drop-blocks"):
+            found.append(f"--dtype fp16: {self.entry.transform} distils, as a lock does, in fp32 or bf16 alone.")
         return found
 
 

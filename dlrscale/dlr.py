@@ -132,7 +132,7 @@ def flat_weights(net: DLRNet) -> MLPWeights:
 
 
 def grouped(net: DLRNet, group: int) -> dict[str, torch.Tensor]:
-    """The state of the net whose every `group` consecutive blocks were made one, which reads what the first of them does.
+    """The state of the net whose every `group` consecutive blocks were made one, which reads what the first one does.
 
     Such a block has A = [A_i; ..], B = [B_i ..]; in the gated form all gate rows stand before all up rows. What is lost
     is the coupling inside a group. A norm in front is the same for all blocks that read one u, so that prenorm groups
@@ -148,9 +148,8 @@ def grouped(net: DLRNet, group: int) -> dict[str, torch.Tensor]:
     halves = 2 if net.gated else 1
 
     def stacked(parts: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(
-            [half for same in zip(*(p.detach().chunk(halves) for p in parts), strict=True) for half in same]
-        )
+        by_half = zip(*(part.detach().chunk(halves) for part in parts), strict=True)
+        return torch.cat([half for same in by_half for half in same])
 
     found = {k: v.detach() for k, v in net.state_dict().items() if not k.startswith("blocks.")}
     for index, start in enumerate(range(0, len(net.blocks), group)):
@@ -179,7 +178,5 @@ def block_shares(net: DLRNet, x: torch.Tensor) -> torch.Tensor:
     for block in net.blocks:
         outs.append(block.b_proj(net.code(block, x if d is None else x + net.b * d)))
         d = outs[-1] if d is None else d + outs[-1]
-    tiny = torch.finfo(torch.float32).tiny
-    return torch.stack([out.float().norm(dim=-1).flatten() for out in outs]) / d.float().norm(
-        dim=-1
-    ).flatten().clamp_min(tiny)
+    whole = d.float().norm(dim=-1).flatten().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.stack([out.float().norm(dim=-1).flatten() for out in outs]) / whole

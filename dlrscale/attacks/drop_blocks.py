@@ -127,15 +127,7 @@ def heal(run: Job, folder: Path, kept: dict[int, list[int]]) -> dict[int, dict[s
     """The weights of the shortened DLR-Nets by layer after the heal, on rank 0."""
     config, knobs = run.config, run.config.knobs
     model = models.load_model(folder, config.dtype)
-    shape = shapes.model_shape(model.config.to_dict())
-    teachers = nets_of(model, shape)
-    pruned = {layer: shortened(net, kept[layer], shape) for layer, net in teachers.items()}
-    for layer, net in pruned.items():
-        models.put_mlp(model, shape.family, layer, net)
-    put_levers(model, shape, config)
-    for layer, net in teachers.items():
-        models.put_mlp(model, shape.family, layer, net)
-    distiller = Distiller(surgery.install_students(model, shape, pruned), metrics="transform")
+    distiller = students_in(model, shapes.model_shape(model.config.to_dict()), kept, config)
     lesson = Lesson(
         name="heal",
         steps=int(knobs["heal_steps"]),
@@ -146,6 +138,20 @@ def heal(run: Job, folder: Path, kept: dict[int, list[int]]) -> dict[int, dict[s
         errors=True,
     )
     return students.train(run, model, distiller, lesson)
+
+
+def students_in(
+    model: PreTrainedModel, shape: ModelShape, kept: dict[int, list[int]], config: AttackConfig
+) -> Distiller:
+    """A distiller of shortened DLR-Nets beside the whole ones of a locked model, with the levers on the short ones."""
+    teachers = nets_of(model, shape)
+    pruned = {layer: shortened(net, kept[layer], shape) for layer, net in teachers.items()}
+    for layer, net in pruned.items():
+        models.put_mlp(model, shape.family, layer, net)
+    put_levers(model, shape, config)
+    for layer, net in teachers.items():
+        models.put_mlp(model, shape.family, layer, net)
+    return Distiller(surgery.install_students(model, shape, pruned), metrics="transform")
 
 
 def shortened(net: DLRNet, kept: list[int], shape: ModelShape) -> DLRNet:

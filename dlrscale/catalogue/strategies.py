@@ -170,7 +170,7 @@ ROWS: tuple[Strategy, ...] = (
         idea="remove the blocks that write least, heal against the whole locked model; then ckpt-layer",
         source="ShortGPT, arXiv 2403.03853, as a relative",
         saved="as ckpt-layer, of the shorter DLR-Nets",
-        cost="before: a ranking forward, and heal_steps of 2 forwards and 1 backward; then as ckpt-layer, 1 - drop of it",
+        cost="before: a ranking forward, and heal_steps of 2 forwards and 1 backward; then less than ckpt-layer",
         transform="drop-blocks",
         knobs=(
             Knob(name="drop", default=0.25, low=0.0, high=0.9, text="fraction of each DLR-Net's blocks that goes"),

@@ -199,12 +199,15 @@ def transform(run_: Run, folder: Path) -> Path:
         barrier()
     release()
     phase = run_.phases.phases["transform"]
-    if found != folder:
-        run_.metrics["transform/time_s"] += phase["seconds"]
-        if dist.get_rank() == 0:
-            costs = {key: value for key, value in run_.metrics.items() if key.startswith("transform/")}
-            record.write_atomic(file, record.dumps({"metrics": costs, "phase": phase}) + "\n")
-            forget(run_.out)
+    if found == folder:
+        return folder
+    run_.metrics["transform/time_s"] += phase["seconds"]
+    told = [{key: value for key, value in run_.metrics.items() if key.startswith("transform/")}]
+    dist.broadcast_object_list(told, src=0)  # one bill, whichever rank writes the record
+    run_.metrics |= told[0]
+    if dist.get_rank() == 0:
+        record.write_atomic(file, record.dumps({"metrics": told[0], "phase": phase}) + "\n")
+        forget(run_.out)
     return found
 
 

@@ -151,6 +151,7 @@ class AttackConfig(RunConfig):
     gradient: str | None = None
     knobs: dict[str, float | str] = dataclasses.field(default_factory=dict)
     heldout_base: str | None = None
+    public_data: str | None = None
     save_model: bool = False
     lock_id: str | None = None
     heldout_part: str | None = None
@@ -176,6 +177,20 @@ class AttackConfig(RunConfig):
         """The resolved choice on the four axes."""
         levers = catalogue.Levers(**{f.name: getattr(self, f.name) for f in dataclasses.fields(catalogue.Levers)})
         return catalogue.axes(self.entry, levers, self.knobs)
+
+    def faults(self) -> list[str]:
+        """What is wrong with these settings, one sentence each."""
+        found, asked = super().faults(), self.knobs.get("text") == "public"
+        if asked and not self.public_data:
+            found.append("--set text=public needs a public text: name it with --public-data.")
+        if self.public_data and not asked:
+            found.append(
+                f"--public-data {self.public_data}: this strategy does not read it. Leave it out, or take --strategy "
+                "undistil with --set text=public."
+            )
+        if self.dtype == "fp16" and self.entry.transform in ("undistil", "drop-blocks"):
+            found.append(f"--dtype fp16: {self.entry.transform} distils, as a lock does, in fp32 or bf16 alone.")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +245,7 @@ KINDS: dict[str, type[RunConfig]] = {
     "pretrain": PretrainConfig,
 }
 # Settings whose value is a place, which counts by what lies there.
-PLACES = ("model", "base", "data", "heldout", "heldout_base", "chat_template")
+PLACES = ("model", "base", "data", "heldout", "heldout_base", "public_data", "chat_template")
 
 
 def to_json(config: RunConfig) -> str:

@@ -82,6 +82,7 @@ class Loop:
 
     `state` travels with every checkpoint; `evaluate` gives held-out metrics when `--eval-every` asks for them. Where
     the best held-out loss at the n-th evaluation is above the n-th of `stop_above`, the run ends `pruned_at` that step.
+    `part` is what the names of its files in `out` begin with, where it is not the run's own training.
     """
 
     config: RunConfig
@@ -95,11 +96,17 @@ class Loop:
     stop_above: Sequence[float | None] = ()
     pruned_at: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
+    part: str = ""
 
     @property
     def checkpoint_folder(self) -> Path:
         """Where this run's checkpoints lie."""
-        return self.out / CHECKPOINT_FOLDER
+        return self.out / f"{self.part}{CHECKPOINT_FOLDER}"
+
+    @property
+    def steps_file(self) -> Path:
+        """Where this run's step rows lie."""
+        return self.out / f"{self.part}{record.STEPS_FILE}"
 
     def resume(self) -> int:
         """Go on from the checkpoint that the engine has found; returns the steps done, 0 for a fresh start."""
@@ -107,7 +114,7 @@ class Loop:
         if self.engine.checkpoint is not None:
             self.state = self.engine.load()
             done = self.engine.checkpoint.step
-        steps = self.out / record.STEPS_FILE
+        steps = self.steps_file
         if steps.exists():
             self.rows = [row for row in record.read_lines(steps) if row["step"] <= done]
         if self.engine.rank == 0:
@@ -197,7 +204,7 @@ class Loop:
         """Add a row to the run's file and tell the tracker."""
         self.rows.append(row)
         if self.engine.rank == 0:
-            record.append_line(self.out / record.STEPS_FILE, row)
+            record.append_line(self.steps_file, row)
             if self.sink is not None:
                 self.sink.log_step({k: v for k, v in row.items() if "/" in k}, row["step"])
 

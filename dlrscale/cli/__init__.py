@@ -171,6 +171,7 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     type=PATH,
     help="Held-out data of the base model's own domain, of any keys.",
 )
+@click.option("--public-data", type=PATH, help="A public text, for strategies that regress on one (undistil).")
 @TRAIN_OPTIONS
 @STRATEGY_OPTIONS
 @SEARCH_OPTIONS

@@ -17,6 +17,7 @@ import torch
 
 from dlrscale import config as configuration
 from dlrscale import data, engine, folders, launcher, models, record, shapes, tracking
+from dlrscale.attacks.students import PART
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
 from dlrscale.errors import describe as describe_error
@@ -82,10 +83,9 @@ def preflight(config: RunConfig) -> dict[str, Any]:
             )
     else:
         check_levers(config, shape)
-    if isinstance(config, AttackConfig) and shape.locked and config.entry.transform == "flatten":
-        models.check_generation(config.model)
-        shapes.check_flattens(shape)
     if isinstance(config, AttackConfig):
+        if shape.locked and config.entry.transform != "none":
+            models.check_generation(config.model)
         check_trained(config, shape)
     if config.data:
         load_corpora(config, models.load_tokenizer(config.model))
@@ -145,7 +145,8 @@ def check_checkpoints(config: RunConfig) -> None:
     Raises:
         ConfigError: As `engine.check_layout`.
     """
-    engine.check_layout(Path(config.out) / CHECKPOINT_FOLDER, config.num_ranks, config.zero)
+    for part in ("", PART):
+        engine.check_layout(Path(config.out) / f"{part}{CHECKPOINT_FOLDER}", config.num_ranks, config.zero)
 
 
 def run(
@@ -198,7 +199,7 @@ def run(
                 time.sleep(PEER_S)  # the launcher ends this rank meanwhile, and tells of the one that ended first
             outcome, code = Outcome.FAILED, launcher.EXIT_FAILED
             error = describe_error(reason, out) or f"rank {rank}: {type(reason).__name__}: {reason}"
-            for left in (out / CHECKPOINT_FOLDER).glob("tmp-*"):  # on a full disk, the room is for the record
+            for left in out.glob(f"*{CHECKPOINT_FOLDER}/tmp-*"):  # on a full disk, the room is for the record
                 shutil.rmtree(left, ignore_errors=True)
             if is_out_of_memory(reason):
                 outcome, code = Outcome.OOM, launcher.EXIT_OOM
@@ -251,7 +252,8 @@ class Ending:
             while len(found := self._records()) <= len(self.before) and time.monotonic() < until:
                 time.sleep(0.1)
             if len(found) > len(self.before):
-                files = (job.out / record.RECORDS_FILE, job.out / record.STEPS_FILE)
+                names = (record.RECORDS_FILE, record.STEPS_FILE, f"{PART}{record.STEPS_FILE}")
+                files = [job.out / name for name in names]
                 job.sink.finish(found[-1], [file for file in files if file.exists()])
 
     def _records(self) -> list[dict[str, Any]]:

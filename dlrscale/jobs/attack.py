@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dlrscale import attacks, export, folders, models, search, shapes
+from dlrscale import attacks, export, folders, models, record, search, shapes
 from dlrscale.attacks.levers import Levers, mlp_parts
+from dlrscale.attacks.students import forget, release
 from dlrscale.config import AttackConfig
 from dlrscale.data import Batches
-from dlrscale.engine import Engine
+from dlrscale.engine import Engine, barrier
 from dlrscale.jobs import forecast, gates
 from dlrscale.jobs.common import (
     ADAPTER_FOLDER,
@@ -31,19 +33,18 @@ from dlrscale.measure import SavedBytes
 from dlrscale.planner.states import DTYPE_BYTES, zero3_linear
 from dlrscale.train import LanguageModelling, Loop, Stage
 
+TRANSFORMED = "transformed"
+
 
 def attack(run_: Run) -> None:
     """Fine-tune one model by one strategy and measure what it cost (design: attacking)."""
     config: AttackConfig = run_.config
-    entry = config.entry
     run_.gates |= search.gates(config, "locked" if folders.read_manifest(config.model) else "base")
     with run_.phases.phase("load"):
         folder = Path(config.model)
         tokenizer = models.load_tokenizer(folder)
-        corpora = load_corpora(config, tokenizer)
-    if entry.transform != "none":
-        with run_.phases.phase("transform"):
-            folder = transform(run_, entry.transform, folder)
+        corpora = run_.corpora = load_corpora(config, tokenizer)
+    folder = transform(run_, folder)
     with run_.phases.phase("load"):
         model, shape, levers = build(config, folder)
         ds = run_.start_engine(model, [p for p in model.parameters() if p.requires_grad])
@@ -209,16 +210,50 @@ def save(run_: Run, ds: Engine, model: nn.Module, folder: Path, tokenizer: PreTr
     ds.barrier()
 
 
-def transform(run_: Run, name: str, folder: Path) -> Path:
-    """Let rank 0 transform the model into `<out>/transformed`; all ranks get the folder to train."""
+def transform(run_: Run, folder: Path) -> Path:
+    """Transform the model into `<out>/transformed` as the strategy says, once in a run.
+
+    The bill, `transform/tokens`, `transform/flops` (over all ranks) and `transform/time_s`, and the phase with its
+    peaks lie beside it as soon as it is whole, for a run that is started again.
+
+    Args:
+        run_: The run; its data are loaded.
+        folder: The model's folder.
+
+    Returns:
+        The folder of the model to train, on every rank.
+    """
     import torch.distributed as dist
 
-    target = run_.out / "transformed"
-    result = [None]
+    name, target, file = run_.config.entry.transform, run_.out / TRANSFORMED, run_.out / f"{TRANSFORMED}.json"
+    if name == "none":
+        return folder
+    told: list[Any] = [None]
+    if dist.get_rank() == 0 and file.is_file() and (target / "config.json").is_file():
+        told = [json.loads(file.read_text(encoding="utf-8"))]
+    dist.broadcast_object_list(told, src=0)
+    if told[0] is not None:
+        run_.metrics |= told[0]["metrics"]
+        run_.phases.phases["transform"] = told[0]["phase"]
+        return target
     if dist.get_rank() == 0:
-        result = [str(attacks.find(name).apply(folder, target))]
-    dist.broadcast_object_list(result, src=0)
-    return Path(result[0])
+        file.unlink(missing_ok=True)
+    run_.metrics |= dict.fromkeys(("transform/tokens", "transform/flops", "transform/time_s"), 0)
+    with run_.phases.phase("transform"):
+        found = attacks.find(name).apply(run_, folder, target)
+        barrier()
+    release()
+    phase = run_.phases.phases["transform"]
+    if found == folder:
+        return folder
+    run_.metrics["transform/time_s"] += phase["seconds"]
+    told = [{key: value for key, value in run_.metrics.items() if key.startswith("transform/")}]
+    dist.broadcast_object_list(told, src=0)  # one bill, whichever rank writes the record
+    run_.metrics |= told[0]
+    if dist.get_rank() == 0:
+        record.write_atomic(file, record.dumps({"metrics": told[0], "phase": phase}) + "\n")
+        forget(run_.out)
+    return found
 
 
 def saved_formula(config: AttackConfig, ds_config: Mapping[str, Any], shape: shapes.ModelShape) -> dict[str, float]:

@@ -31,9 +31,11 @@ def measure(run_: Run) -> None:
     """Measure one model under one strategy: inference, timed steps, then saved bytes, FLOPs and live bytes."""
     config: MeasureConfig = run_.config
     folder = Path(config.model)
-    if config.entry.transform != "none":
-        with run_.phases.phase("transform"):
-            folder = transform(run_, config.entry.transform, folder)
+    with run_.phases.phase("load"):
+        shape = shapes.model_shape(shapes.read_config(folder))
+        corpora = load_corpora(config, models.load_tokenizer(folder)) if config.data else random_corpora(config, shape)
+        run_.corpora = corpora
+    folder = transform(run_, folder)
     if config.inference_batches:
         with run_.phases.phase("inference"):
             run_.metrics |= inference(config)
@@ -41,7 +43,6 @@ def measure(run_: Run) -> None:
                 torch.cuda.empty_cache()  # what inference has reserved is none of the training's
     with run_.phases.phase("load"):
         model, shape, levers = build(config, folder)
-        corpora = load_corpora(config, models.load_tokenizer(folder)) if config.data else random_corpora(config, shape)
         ds = run_.start_engine(model, [p for p in model.parameters() if p.requires_grad])
     run_.metrics |= corpora.counts() if config.data else {}
     run_.metrics |= parameter_counts(model)

@@ -126,6 +126,8 @@ def notes(question: Question) -> list[str]:
     window = config.get("sliding_window")
     if window and question.seq_len > window and config.get("use_sliding_window", True):
         found.append(f"Sequences are longer than the sliding window ({window}): its mask is not counted.")
+    if question.entry.transform == "drop-blocks":
+        found.append("Which blocks drop-blocks takes is not known: those that stay are taken to be the largest.")
     if parts.dropout["attention"] and question.attention == "sdpa":
         found.append("Attention has a dropout: what a fused kernel keeps for it is not counted.")
     return found

@@ -254,14 +254,18 @@ def whole(ds: engine.Engine, model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def cut_job(case: dict) -> dict:
-    """A job that breaks right after its first checkpoint; the same job run again goes on from there."""
+    """A job that breaks right after its first checkpoint; the same job run again goes on from there.
+
+    `part` says of which training: the run's own, "", or that of its transform.
+    """
     from dlrscale.train import Loop
 
     save = Loop.save
 
     def save_and_break(self, done: int) -> None:
         save(self, done)
-        raise RuntimeError("cut")
+        if self.part == case.get("part", ""):
+            raise RuntimeError("cut")
 
     Loop.save = save_and_break
     try:

@@ -31,10 +31,15 @@ class Levers:
     def __init__(self, model: nn.Module, shape: ModelShape, config: AttackConfig):
         self.model = model
         self.on = True
-        for part in mlp_parts(model, shape).values():
+        parts = mlp_parts(model, shape)
+        for label, part in parts.items():
             ways = [part.forward]
             if isinstance(part, DLRNet):
                 ways += self._through_net(part, config, shape.activation)
+            elif shape.family.inline:
+                if label.isdecimal() and config.tiles > 1:
+                    self._tile_inline([part, *(p for name, p in parts.items() if name.startswith(f"{label}."))], config)
+                continue
             if config.tiles > 1:
                 ways.append(partial(tile_tokens.forward, ways[-1], config.tiles))
             if len(ways) > 1:
@@ -42,7 +47,7 @@ class Levers:
         self.storage = None
         if config.activation_storage != "device":
             self.storage = {"host": act_offload, "int8": act_int8}[config.activation_storage].Storage(
-                attention_modules(model, shape)
+                model, attention_modules(model, shape)
             )
             backbone = model.get_submodule(shape.family.mlp.partition(".{}")[0].rpartition(".")[0])
             backbone.forward = partial(self._stored, backbone.forward)
@@ -55,6 +60,34 @@ class Levers:
         if config.activation_checkpointing == "nested":
             return [partial(ckpt_nested.forward, net, activation)]
         return []
+
+    def _tile_inline(self, parts: list[nn.Module], config: AttackConfig) -> None:
+        """Tile an MLP that is no module: its first part does all of it in tiles, and the others hand on what they get.
+
+        Args:
+            parts: Its parts in the order in which the decoder layer calls them.
+            config: The attack.
+        """
+        first, *rest = parts
+        whole, inside = first.forward, False
+
+        def piece(x: torch.Tensor) -> torch.Tensor:
+            nonlocal inside
+            inside = True
+            try:
+                out = whole(x)
+                for part in rest:
+                    out = part(out)
+                return out
+            finally:
+                inside = False
+
+        def pass_on(own: Forward, x: torch.Tensor) -> torch.Tensor:
+            return x if self.on and torch.is_grad_enabled() and not inside else own(x)
+
+        for part in rest:
+            part.forward = partial(pass_on, part.forward)
+        first.forward = partial(self._choose, whole, partial(tile_tokens.forward, piece, config.tiles))
 
     def _choose(self, plain: Forward, way: Forward, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return way(x) if self.on and torch.is_grad_enabled() and not kwargs else plain(x, **kwargs)

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+from dlrscale.catalogue import PARTS
 from dlrscale.planner import forward
 from dlrscale.planner.forward import Layer, Pass
+from dlrscale.planner.tape import DEVICE, HOST, Tape
+
+BACKBONE = frozenset({"norm", "projection"})  # of what lies behind the last layer, what a storage acts on
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,8 @@ class Activations:
         return [found[key] for key in keys]
 
     @cached_property
-    def _ends(self) -> tuple[forward.Tape, forward.Tape]:
+    def _ends(self) -> tuple[Tape, Tape]:
         return forward.embedding(self.run), forward.head(self.run)
-
-    @property
-    def stream_bytes(self) -> int:
-        """The residual stream between two layers."""
-        return self.run.batch * self.run.length * self.run.shape.width * self.run.size
 
     @property
     def table_bytes(self) -> int:
@@ -42,61 +41,108 @@ class Activations:
         kept = any(layer.shared & set(layer.tape.saved) for layer in self.layers)
         return 2 * self.run.length * self.run.parts.rotary * self.run.size if kept else 0
 
+    @cached_property
+    def _inputs(self) -> Tape:
+        """What a checkpointed layer keeps between forward and backward: its input.
+
+        GPT-2 hands its mask to it as an input too, where its attention is written out; all layers have the same one.
+        """
+        run, tape = self.run, self.run.tape()
+        tape.save(tape.new(tape.tokens * run.shape.width, True, row=run.shape.width))
+        if run.shape.family.model_type == "gpt2" and run.attention == "eager":
+            tape.part = "mask"
+            tape.save(tape.new(run.batch * run.length**2, False, row=run.length))
+        return tape
+
     @property
-    def head_bytes(self) -> int:
-        """What final norm, head and loss keep."""
-        return self._ends[1].saved_bytes
+    def _layer_storage(self) -> str:
+        """Where what a layer saves lies: with checkpointing on the device, since it is there for a moment only."""
+        return DEVICE if self.run.checkpointed else self.run.storage
+
+    @cached_property
+    def _input_counts(self) -> bool:
+        """Whether a layer's input lies on the device already while the layer runs again."""
+        return self.run.checkpointed and self.run.storage == DEVICE
 
     @cached_property
     def layer_bytes(self) -> list[int]:
-        """What each layer keeps while all of it is there; with checkpointing, without its input."""
-        return [layer.bytes(without_input=self.run.checkpointing == "layer") for layer in self.layers]
+        """What each layer keeps while all of it is there, on host or device; where it was kept on, without its input.
 
-    @property
-    def mask_bytes(self) -> int:
-        """GPT-2 hands its mask to a checkpointed layer as an input, where its attention is written out."""
-        run = self.run
-        if self.run.checkpointing == "layer" and run.shape.family.model_type == "gpt2" and run.attention == "eager":
-            return run.batch * run.length**2 * run.size
-        return 0
+        The tables are not among it.
+        """
+        found = {id(at): at.bytes(self._layer_storage, without_input=self._input_counts) for at in self.layers}
+        return [found[id(layer)] for layer in self.layers]
 
-    @property
-    def stream_held_bytes(self) -> int:
-        """What is held of embedding and layers between forward and backward."""
-        ends = self._ends[0].saved_bytes
-        if self.run.checkpointing == "layer":
-            return ends + self.run.shape.layers * self.stream_bytes + self.mask_bytes
-        return ends + sum(self.layer_bytes) + self.table_bytes
+    @cached_property
+    def _layer_peaks(self) -> list[int]:
+        """The most that each layer keeps on the device at once, as `layer_bytes`."""
+        found = {id(at): at.peak_bytes(self._layer_storage, without_input=self._input_counts) for at in self.layers}
+        return [found[id(layer)] for layer in self.layers]
+
+    def _backbone_bytes(self) -> int:
+        """What embedding, layers and final norm keep between forward and backward, where the storage has it."""
+        run, ends = self.run, self._ends
+        around = ends[0].kept_bytes(run.storage) + ends[1].kept_bytes(run.storage, parts=BACKBONE)
+        if run.checkpointed:
+            one, mask = (self._inputs.kept_bytes(run.storage, parts=parts) for parts in ({""}, {"mask"}))
+            return around + run.shape.layers * one + mask
+        return around + sum(self.layer_bytes) + self.table_bytes
 
     @property
     def held_bytes(self) -> int:
-        """Everything saved when forward ends."""
-        return self.stream_held_bytes + self.head_bytes
+        """Everything saved on the device when forward ends."""
+        inside = 0 if self.run.storage == HOST else self._backbone_bytes()
+        return inside + self._ends[1].kept_bytes(parts=PARTS - BACKBONE | {"loss"})
 
-    def alive_bytes(self, layer: int) -> int:
-        """What is saved while backward goes through a layer: what lies before it, and all of its own."""
-        ends = self._ends[0].saved_bytes + self.table_bytes
-        if self.run.checkpointing == "layer":
-            return ends + self.mask_bytes + (layer + 1) * self.stream_bytes + self.layer_bytes[layer]
+    @property
+    def host_bytes(self) -> int:
+        """What is saved in host memory when forward ends."""
+        return self._backbone_bytes() if self.run.storage == HOST else 0
+
+    def _before(self, layer: int) -> int:
+        """What is on the device before and beside a layer's own while backward goes through it."""
+        run, tables = self.run, self.table_bytes
+        if run.storage == HOST:
+            return tables if run.checkpointed else 0
+        ends = self._ends[0].kept_bytes(run.storage) + tables
+        if run.checkpointed:
+            one, mask = (self._inputs.kept_bytes(run.storage, parts=parts) for parts in ({""}, {"mask"}))
+            return ends + mask + (layer + 1) * one
         return ends + self._running[layer]
 
+    def alive_bytes(self, layer: int) -> int:
+        """The most saved on the device while backward goes through a layer: what lies before it, and of its own."""
+        return self._before(layer) + self._layer_peaks[layer]
+
+    def attention_bytes(self, layer: int) -> int:
+        """What is saved on the device when backward has gone through a layer's MLP and comes to its attention."""
+        layer_storage = self._layer_storage
+        if layer_storage == HOST:
+            return self._before(layer)
+        mlp = self.layers[layer].tape.kept_bytes(layer_storage, parts={"mlp"})
+        return self._before(layer) + self.layer_bytes[layer] - mlp
+
     def mlp_bytes(self, layer: int) -> int:
-        """What a layer's MLP or DLR-Net keeps."""
+        """What a layer's MLP or DLR-Net keeps on the device, as if no layer were checkpointed."""
         return self.layers[layer].tape.by_part().get("mlp", 0)
 
     @cached_property
     def _running(self) -> list[int]:
-        return list(accumulate(self.layer_bytes))
+        """What the layers before each keep."""
+        return list(accumulate(self.layer_bytes, initial=0))
 
-    @property
+    @cached_property
     def peak_bytes(self) -> int:
-        """The most that is saved at once: at the end of forward, or while one layer is there again."""
-        if self.run.checkpointing == "none":
-            return self.held_bytes
+        """The most that is saved on the device at once: at the end of forward, or while a layer or a part of it is
+        there again. What a reversed DLR-Net rebuilds is not saved, nor what comes back from the host or out of codes.
+        """
         return max(self.held_bytes, *map(self.alive_bytes, range(self.run.shape.layers)))
 
     def by_part(self) -> dict[str, int]:
-        """Bytes that one forward saves by part, as if nothing were checkpointed; the rotary tables with attention."""
+        """Bytes that one forward saves by part, as if no layer were checkpointed and all of it lay on the device.
+
+        The rotary tables count with attention; of an MLP in tiles or reversed counts what it keeps.
+        """
         found: Counter[str] = Counter()
         for tape in self._ends:
             found.update(tape.by_part())
@@ -106,16 +152,27 @@ class Activations:
         found["attention"] += self.table_bytes
         return dict(found)
 
+    @property
+    def again_bytes(self) -> int:
+        """What checkpointing saves again going backward, summed over all layers and what is checkpointed inside."""
+        inside = sum(layer.tape.again_bytes for layer in self.layers)
+        return inside + (sum(self.layer_bytes) if self.run.checkpointed else 0)
+
     def fused_flops(self) -> int:
         """FLOPs of fused attention kernels in all of forward, backward and what is run again."""
         inside = sum(layer.tape.kernel_flops for layer in self.layers)  # one product; forward has 2, backward 4 more
-        again = 2 * inside if self.run.checkpointing == "layer" else 0
+        again = 2 * inside if self.run.checkpointed else 0
         return 7 * inside + again
 
     def flops(self) -> dict[str, int]:
-        """FLOPs of forward, of backward, of what is run again in backward, and inside fused kernels."""
+        """FLOPs of forward, of backward, of what is run again in backward, and inside fused kernels.
+
+        What `reverse` runs again is its backward's own.
+        """
         tapes = [*self._ends, *(layer.tape for layer in self.layers)]
-        again = sum(layer.tape.recomputed_flops for layer in self.layers) if self.run.checkpointing == "layer" else 0
+        again = sum(layer.tape.again_flops for layer in self.layers)
+        if self.run.checkpointed:
+            again += sum(layer.tape.recomputed_flops for layer in self.layers)
         return {
             "forward": sum(tape.forward_flops.total() for tape in tapes),
             "backward": sum(tape.backward_flops.total() for tape in tapes),

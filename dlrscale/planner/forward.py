@@ -6,10 +6,12 @@ whole bytes. Taken as given: training mode, and no cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from dlrscale.planner.tape import FP32, INT64, Tape, Tensor, Training
-from dlrscale.shapes import FORMS, ModelShape
+from dlrscale.planner.tape import DEVICE, FP32, HOST, INT64, Tape, Tensor, Training
+from dlrscale.shapes import FORMS, ModelShape, segment_length
 from dlrscale.shapes.layout import GEMMA, LAYER, Layout
 
 LOSS_CHUNK_ELEMENTS = 1 << 25  # of logits that the loss turns to fp32 at a time (evaluate.py)
@@ -19,10 +21,11 @@ LOSS_CHUNK_ELEMENTS = 1 << 25  # of logits that the loss turns to fp32 at a time
 class Pass:
     """One forward pass: the model, the micro-batch, what is trained, and which kernels run.
 
-    `size` is the bytes of one element of the model's precision, `checkpointing` `none` or `layer`. `hardened`: each
-    DLR-Net runs once more with every block reading x alone, as the heal's hardening does. `masked`: some sequence is
-    padded. `zero3`: DeepSpeed's linear map at stage 3 is in use. `label_tokens`: those of the micro-batch, where not
-    every token but the last of a sequence has a label.
+    `size` is the bytes of one element of the model's precision. `checkpointing`, `storage` and `tiles` are the memory
+    levers, `anchor` is None but for the gradient method `reverse`, whose knob it is. `hardened`: each DLR-Net runs once
+    more with every block reading x alone, as the heal's hardening does. `masked`: some sequence is padded. `zero3`:
+    DeepSpeed's linear map at stage 3 is in use. `label_tokens`: those of the micro-batch, where not every token but the
+    last of a sequence has a label.
     """
 
     shape: ModelShape
@@ -32,6 +35,9 @@ class Pass:
     size: int
     training: Training
     checkpointing: str = "none"
+    storage: str = DEVICE
+    tiles: int = 1
+    anchor: int | None = None
     attention: str = "sdpa"
     device: str = "cuda"
     hardened: bool = False
@@ -42,6 +48,11 @@ class Pass:
     def tape(self, part: str = "") -> Tape:
         """A fresh tape."""
         return Tape(self.batch, self.length, self.size, self.training, self.device, part, self.zero3)
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether each layer is checkpointed."""
+        return self.checkpointing != "none"
 
     @property
     def labels(self) -> int:
@@ -57,10 +68,18 @@ class Layer:
     source: Tensor
     shared: frozenset[int]
 
-    def bytes(self, *, without_input: bool = False) -> int:
-        """Bytes saved, without the tables that all layers share; with checkpointing its input is kept in any case."""
-        left_out = self.shared | ({self.source.storage} if without_input else set())
-        return sum(size for storage, (_, size) in self.tape.saved.items() if storage not in left_out)
+    def left_out(self, without_input: bool) -> frozenset[int]:
+        """The storages that do not count as the layer's own: the shared tables; with checkpointing its input too."""
+        return self.shared | ({self.source.storage} if without_input else set())
+
+    def bytes(self, storage: str = DEVICE, *, without_input: bool = False) -> int:
+        """Bytes of what is saved as a storage has it (`Tape.kept_bytes`), without what is left out."""
+        return self.tape.kept_bytes(storage, without=self.left_out(without_input))
+
+    def peak_bytes(self, storage: str = DEVICE, *, without_input: bool = False) -> int:
+        """The most of its own bytes on the device while its backward runs, with what is checkpointed inside."""
+        at_once = 0 if storage == HOST else self.bytes(storage, without_input=without_input)
+        return max(at_once, self.tape.inner_peak_bytes(storage, without=self.left_out(without_input)))
 
 
 def stream_flows(run: Pass) -> bool:
@@ -72,7 +91,7 @@ def stream_flows(run: Pass) -> bool:
 
 def embedded_flows(run: Pass) -> bool:
     """Whether a gradient is asked of the token embedding: peft asks for it where adapters meet checkpointing."""
-    return "embedding" in run.training.trained or bool(run.training.adapted and run.checkpointing != "none")
+    return "embedding" in run.training.trained or bool(run.training.adapted and run.checkpointed)
 
 
 def embedding(run: Pass) -> Tape:
@@ -81,7 +100,7 @@ def embedding(run: Pass) -> Tape:
     trained = tape.weights_trained()
     if trained:
         tape.save(tape.new(tape.tokens, False, INT64))
-    x = tape.new(tape.tokens * parts.embedding_width, embedded_flows(run))
+    x = tape.new(tape.tokens * parts.embedding_width, embedded_flows(run), row=parts.embedding_width)
     if parts.embedding_width != run.shape.width:
         tape.part = "projection"
         x = tape.linear(x, parts.embedding_width, run.shape.width)
@@ -96,7 +115,7 @@ def embedding(run: Pass) -> Tape:
 def head(run: Pass) -> Tape:
     """Final norm, language-model head and loss (evaluate.cross_entropy_sum), on the stream behind the last layer."""
     tape, parts, shape = run.tape("norm"), run.parts, run.shape
-    x = tape.new(tape.tokens * shape.width, True)
+    x = tape.new(tape.tokens * shape.width, True, row=shape.width)
     if parts.final_norm:
         x = norm(tape, parts, x, shape.width)
     if parts.embedding_width != shape.width:
@@ -133,7 +152,7 @@ def norm(tape: Tape, parts: Layout, x: Tensor, width: int) -> Tensor:
 def decoder_layer(run: Pass, layer: int) -> Layer:
     """One decoder layer: attention and MLP or DLR-Net, in the family's wiring."""
     tape, shape, parts = run.tape(), run.shape, run.parts
-    x = tape.new(tape.tokens * shape.width, layer > 0 or stream_flows(run))
+    x = tape.new(tape.tokens * shape.width, layer > 0 or stream_flows(run), row=shape.width)
     tables = tuple(tape.new(run.length * parts.rotary, False) for _ in range(2))
     before = parts.norm_first
     y = norm(tape, parts, x, shape.width) if before else x
@@ -152,29 +171,57 @@ def decoder_layer(run: Pass, layer: int) -> Layer:
 
 
 def mlp(tape: Tape, run: Pass, x: Tensor, layer: int) -> Tensor:
-    """A base MLP or a DLR-Net, and the dropout behind it."""
+    """A base MLP or a DLR-Net, whole or in tiles, and the dropout behind it."""
     shape = run.shape
     tape.part = "mlp"
-    if shape.ranks and layer in shape.ranks:
-        out = dlr_net(tape, shape, x, shape.ranks[layer])
-        if run.hardened:
-            flat_error(tape, shape, x, shape.ranks[layer])
-    else:
-        out = base_mlp(tape, shape, x, run.shape.family.own_maps)
-    out = tape.dropout(out, run.parts.dropout["residual"])
+    out = module(tape, run, x, layer) if run.tiles == 1 else tiled(tape, run, x, layer)
+    if run.hardened and shape.ranks and layer in shape.ranks:
+        flat_error(tape, shape, x, shape.ranks[layer])
+    if not shape.family.dropout:
+        out = tape.dropout(out, run.parts.dropout["residual"])
     tape.part = ""
     return out
 
 
+def module(tape: Tape, run: Pass, x: Tensor, layer: int) -> Tensor:
+    """The module of an MLP or DLR-Net, with the dropout that GPT-2's has inside."""
+    shape = run.shape
+    ranks = (shape.ranks or {}).get(layer)
+    if ranks is None:
+        out = base_mlp(tape, shape, x, shape.family.own_maps)
+    elif run.anchor is not None:
+        out = reversed_net(tape, run, x, ranks)
+    elif run.checkpointing == "nested":
+        out = nested_net(tape, shape, x, ranks)
+    else:
+        out = dlr_net(tape, shape, x, ranks)
+    return tape.dropout(out, run.parts.dropout["residual"]) if shape.family.dropout else out
+
+
+def tiled(tape: Tape, run: Pass, x: Tensor, layer: int) -> Tensor:
+    """The module on one piece of the tokens after the other, each checkpointed (attacks/tile_tokens.py)."""
+    width, pieces = run.shape.width, min(run.tiles, tape.tokens)
+    least, longer = divmod(tape.tokens, pieces)
+    known: dict[int, tuple[Tape, bool]] = {}
+    for index in range(pieces):
+        rows = least + (index < longer)
+        piece = tape.view(x, rows * width)
+        if rows not in known:
+            inside = tape.inside(rows)
+            known[rows] = inside, module(inside, run, piece, layer).grad
+        tape.checkpoint(known[rows][0], piece)
+    return tape.new(x.elements, any(grad for _, grad in known.values()), row=width)
+
+
 def base_mlp(tape: Tape, shape: ModelShape, x: Tensor, own: bool) -> Tensor:
     """down(s(gate x) * up x), or down(s(up x))."""
-    tokens, inner = tape.tokens, shape.inner
+    inner = shape.inner
     if not shape.family.gated:
         hidden = tape.activation(tape.linear(x, shape.width, inner, own), shape.activation)
     else:
         if shape.family.fused:
             both = tape.linear(x, shape.width, 2 * inner)
-            gate, up = tape.view(both, tokens * inner), tape.view(both, tokens * inner)
+            gate, up = (tape.view(both, tape.tokens * inner, row=inner) for _ in range(2))
         else:
             gate, up = tape.linear(x, shape.width, inner), tape.linear(x, shape.width, inner)
         hidden = tape.multiply(tape.activation(gate, shape.activation), up)
@@ -183,25 +230,69 @@ def base_mlp(tape: Tape, shape: ModelShape, x: Tensor, own: bool) -> Tensor:
 
 def dlr_net(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...], flat: bool = False) -> Tensor:
     """d_{k+1} = d_k + B_k s(A_k n(x + b d_k)), as modeling/dlr_net.py writes it; `flat`: each block reads x alone."""
-    form, tokens, d = FORMS[shape.form], tape.tokens, None
+    return through(tape, shape, ranks, x, None, flat)
+
+
+def through(
+    tape: Tape, shape: ModelShape, ranks: Sequence[int], x: Tensor, d: Tensor | None, flat: bool = False
+) -> Tensor:
+    """Some consecutive blocks of a DLR-Net: d before them (None: zero) to d behind them."""
     for rank in ranks:
         u = x if d is None or flat else tape.add(x, tape.scale(d))
-        if form.norm:
-            u = rms_divided(tape, u)
-        hidden = tape.linear(u, shape.width, rank * (2 if form.gated else 1))
-        if form.gated:
-            gate, up = tape.view(hidden, tokens * rank), tape.view(hidden, tokens * rank)
-            hidden = tape.multiply(tape.activation(gate, shape.activation), up)
-        else:
-            hidden = tape.activation(hidden, shape.activation)
-        out = tape.linear(hidden, rank, shape.width)
+        out = tape.linear(code(tape, shape, u, rank), rank, shape.width)
         d = out if d is None else tape.add(d, out)
     return d
 
 
+def code(tape: Tape, shape: ModelShape, u: Tensor, rank: int) -> Tensor:
+    """What goes into B_k, s(A_k n(u))."""
+    form, tokens = FORMS[shape.form], tape.tokens
+    if form.norm:
+        u = rms_divided(tape, u)
+    hidden = tape.linear(u, shape.width, rank * (2 if form.gated else 1))
+    if not form.gated:
+        return tape.activation(hidden, shape.activation)
+    gate, up = (tape.view(hidden, tokens * rank, row=rank) for _ in range(2))
+    return tape.multiply(tape.activation(gate, shape.activation), up)
+
+
+_segment_length = functools.cache(segment_length)
+
+
+def nested_net(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    """A DLR-Net whose blocks are checkpointed in segments (attacks/ckpt_nested.py)."""
+    length, d = _segment_length(shape.form, shape.width, ranks, shape.activation), None
+    for start in range(0, len(ranks), length):
+        inside = tape.inside()
+        before, d = d, through(inside, shape, ranks[start : start + length], x, d)
+        tape.checkpoint(inside, *((x,) if before is None else (x, before)))
+    return d
+
+
+def reversed_net(tape: Tape, run: Pass, x: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    """A DLR-Net that keeps x, its codes, its last d and d at anchors, whatever is trained (attacks/reverse.py).
+
+    Its backward runs every block once more, which torch's counter counts as backward, and goes through it as autograd
+    would were a gradient asked of every block's input.
+    """
+    shape, wide = run.shape, max(tape.size, FP32)
+    scratch = tape.inside()
+    for rank in ranks:
+        code(scratch, shape, tape.new(x.elements, True, row=shape.width), rank)
+        scratch.linear(tape.new(tape.tokens * rank, True, row=rank), rank, shape.width)
+    tape.forward_flops += scratch.forward_flops
+    tape.backward_flops += scratch.forward_flops + scratch.backward_flops
+    d = tape.new(x.elements, True, wide, row=shape.width)
+    anchors = len(range(run.anchor, len(ranks), run.anchor)) if run.anchor else 0
+    kept = [x, d, *(tape.new(tape.tokens * rank, True, row=rank) for rank in ranks)]
+    for tensor in kept + [tape.new(x.elements, False, wide, row=shape.width) for _ in range(anchors)]:
+        tape.save(tensor)
+    return tape.cast(d, tape.size)
+
+
 def flat_error(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...]) -> None:
     """The hardening term w max(0, t - e_flat) on a detached x (distil.py)."""
-    detached = Tensor(x.elements, x.size, False, x.storage, x.compact)
+    detached = replace(x, grad=False)
     error = token_error(tape, dlr_net(tape, shape, detached, ranks, flat=True))
     tape.kept_output(tape.scale(error))
 
@@ -216,7 +307,7 @@ def token_error(tape: Tape, student: Tensor) -> Tensor:
 
 def rms_divided(tape: Tape, u: Tensor) -> Tensor:
     """u / (||u|| D^-1/2 + eps): keeps u, the fp32 norm and the divisor."""
-    length = tape.new(tape.tokens, u.grad, FP32)
+    length = tape.new(tape.tokens, u.grad, FP32, row=1)
     if u.grad:
         tape.save(u)
         tape.save(length)
@@ -226,7 +317,7 @@ def rms_divided(tape: Tape, u: Tensor) -> Tensor:
 def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
     """Self-attention: maps, rotation, the products or the fused kernel, and the output map."""
     parts, width = run.parts, run.shape.width
-    tape.part = "attention"
+    tape.part, tape.coded = "attention", False
     inner, narrow = parts.heads * parts.head_dim, parts.kv_heads * parts.head_dim
     if parts.fused:
         q, k, v = split_heads(tape, run, tape.linear(x, width, parts.qkv_width, run.shape.family.own_maps))
@@ -242,7 +333,8 @@ def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> T
         q, k = (rotate(tape, parts, t, tables) for t in (q, k))
     fused = run.attention == "sdpa" and not falls_back(run)
     out = fused_attention(tape, run, q, k, v) if fused else eager_attention(tape, run, q, k, v)
-    return tape.linear(out, inner, width, run.shape.family.own_maps)
+    tape.coded = True
+    return tape.linear(tape.view(out, out.elements, row=inner), inner, width, run.shape.family.own_maps)
 
 
 def falls_back(run: Pass) -> bool:
@@ -273,7 +365,9 @@ def split_heads(tape: Tape, run: Pass, both: Tensor) -> tuple[Tensor, Tensor, Te
 
 def qk_norm(tape: Tape, parts: Layout, x: Tensor) -> Tensor:
     """A norm over each head of queries or keys."""
-    y = (tape.layer_norm if parts.qk_norm == LAYER else tape.rms_norm)(x, parts.head_dim)
+    tape.coded = True  # a module of its own
+    y = (tape.layer_norm if parts.qk_norm == LAYER else tape.rms_norm)(replace(x, row=parts.head_dim), parts.head_dim)
+    tape.coded = False
     return tape.view(y, y.elements, compact=False)
 
 
@@ -303,7 +397,9 @@ def eager_attention(tape: Tape, run: Pass, q: Tensor, k: Tensor, v: Tensor) -> T
     scores = tape.matmul(q, k, pairs * parts.head_dim, pairs)
     narrow = run.shape.family.model_type in ("falcon", "gpt2")  # their softmax stays in the model's precision
     weights = tape.cast(tape.kept_output(scores, run.size if narrow else FP32), run.size)
-    weights = tape.dropout(weights, parts.dropout["attention"])
+    tape.coded = narrow  # theirs is a module, other families call a function
+    weights = tape.dropout(replace(weights, row=run.length), parts.dropout["attention"])
+    tape.coded = False
     return tape.scale(tape.matmul(weights, v, pairs * parts.head_dim, tape.tokens * parts.heads * parts.head_dim))
 
 

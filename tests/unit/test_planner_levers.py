@@ -13,7 +13,7 @@ from dlrscale.config import AttackConfig
 from dlrscale.measure import Flops, SavedBytes
 from dlrscale.planner import model as planned_model
 from dlrscale.planner.activations import Activations
-from dlrscale.planner.forward import Pass
+from dlrscale.planner.forward import Pass, falls_back
 
 LENGTH = 18
 
@@ -91,3 +91,34 @@ def test_levers_on_llama(make_llama, form, depth, dtype):
     config = locked_config(config, form, depth) if depth else config
     for way in ways():
         check(config, way, 2, "sdpa", dtype)
+
+
+SOME = [
+    {"checkpointing": "nested", "storage": "host", "tiles": 3, "anchor": None},
+    {"checkpointing": "none", "storage": "int8", "tiles": 3, "anchor": None},
+    {"checkpointing": "none", "storage": "host", "tiles": 3, "anchor": None},
+    {"checkpointing": "layer", "storage": "device", "tiles": 3, "anchor": None},
+    {"checkpointing": "none", "storage": "int8", "tiles": 1, "anchor": 2},
+    {"checkpointing": "none", "storage": "device", "tiles": 5, "anchor": 0},
+    {"checkpointing": "layer", "storage": "int8", "tiles": 1, "anchor": 0},
+    {"checkpointing": "none", "storage": "int8", "tiles": 1, "anchor": None},
+]
+FAMILIES = [
+    ("phi", {"qk_layernorm": True}, "plain"), ("opt", {}, "plain"), ("opt", {"do_layer_norm_before": False}, "gated"),
+    ("falcon", {"multi_query": False, "bias": True}, "gated"), ("gpt2", {}, "plain"), ("gpt_neox", {}, "plain"),
+    ("phi3", {}, "gated"), ("gemma", {}, "prenorm"), ("qwen3", {}, "plain"),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, "plain"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes", "form"), FAMILIES)
+def test_levers_in_other_families(make_model, family, changes, form):
+    """Norms, wirings, fused maps and activations of other kinds, some trained through adapters alone."""
+    base = make_model(family, **changes).config.to_dict()
+    trained = itertools.cycle(STRATEGIES)
+    for config, attention in ((base, "eager"), (locked_config(base, form, 3), "sdpa")):
+        for index, way in enumerate(SOME):
+            dtype = (torch.float32, torch.bfloat16)[index % 2]
+            if attention == "sdpa" and family == "falcon" and falls_back(plan(config, way, 2, attention, dtype).run):
+                continue
+            check(config, way, 2, attention, dtype, next(trained))

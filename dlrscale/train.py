@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from dlrscale.measure import Phases, SavedBytes
 
 TIMING_WARMUP_STEPS = 2
 CHECKPOINT_FOLDER = "checkpoints"
+HELDOUT = "loss/heldout_task"
 
 
 class Diverged(Exception):
@@ -79,7 +80,8 @@ class Stage:
 class Loop:
     """Everything that the steps of a run share.
 
-    `state` travels with every checkpoint; `evaluate` gives held-out metrics when `--eval-every` asks for them.
+    `state` travels with every checkpoint; `evaluate` gives held-out metrics when `--eval-every` asks for them. Where
+    the best held-out loss at the n-th evaluation is above the n-th of `stop_above`, the run ends `pruned_at` that step.
     """
 
     config: RunConfig
@@ -90,6 +92,8 @@ class Loop:
     sink: Sink | None = None
     state: dict[str, Any] = field(default_factory=dict)
     evaluate: Callable[[], dict[str, float]] | None = None
+    stop_above: Sequence[float | None] = ()
+    pruned_at: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -144,9 +148,20 @@ class Loop:
                 with self.phases.phase("evaluate"):
                     row |= self.evaluate()
             self.write(row)
+            if done < last and self.is_hopeless():
+                self.pruned_at = done
+                break
             if self.config.checkpoint_every and (done % self.config.checkpoint_every == 0 or done == last):
                 self.save(done)
         return done
+
+    def is_hopeless(self) -> bool:
+        """Whether the newest row has an evaluation by which this run is not worth its end; rank 0 decides for all."""
+        if not self.stop_above or HELDOUT not in self.rows[-1]:
+            return False
+        losses = [row[HELDOUT] for row in self.rows if HELDOUT in row]
+        limit = self.stop_above[len(losses) - 1] if len(losses) <= len(self.stop_above) else None
+        return self.engine.gather(limit is not None and min(losses) > limit)[0]
 
     def step(self, stage: Stage, done: int) -> dict[str, Any]:
         """Do one step; returns its row."""

@@ -36,8 +36,9 @@ def forward(net: DLRNet, x: torch.Tensor, knobs: Mapping[str, float]) -> torch.T
     Returns:
         (..., D).
     """
-    # Without a tensor that asks for a gradient, autograd would leave the net out where x asks for none.
-    asks = torch.zeros((), device=x.device, requires_grad=True)
+    # Without a tensor that asks for a gradient, autograd would leave a trained net out where x asks for none.
+    trained = any(parameter.requires_grad for parameter in net.parameters())
+    asks = torch.zeros((), device=x.device, requires_grad=trained)
     return net.finish(_Reverse.apply(net, int(knobs["anchor"]), x, asks))
 
 

@@ -52,6 +52,8 @@ class Stored:
         base = tensor._base if tensor._base is not None else tensor
         if isinstance(base, nn.Parameter):
             return tensor
+        if tensor.dim() == 0:  # a coupling b: a buffer
+            return self.saved(tensor)
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._buffers:

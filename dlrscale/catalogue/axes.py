@@ -88,7 +88,9 @@ class Trains:
     """What a trainable set trains of a model, by the parts that the planner knows.
 
     `adapted` parts get low-rank adapters. `biases`: all biases, whatever part they belong to. `last` names the knob
-    that counts the last decoder layers, which alone train then. `untied`: a tied head gets a matrix of its own.
+    that counts the last decoder layers, which alone train then. `untied`: a tied head gets a matrix of its own. `side`
+    names the knob that says by how much narrower a side network is than the frozen model that it stands beside.
+    `merges`: what is trained can be written into the model's own folder.
     """
 
     parts: frozenset[str] = PARTS
@@ -96,6 +98,8 @@ class Trains:
     biases: bool = False
     last: str | None = None
     untied: bool = False
+    side: str | None = None
+    merges: bool = True
 
 
 def flag(name: str, value: object) -> str:

@@ -8,9 +8,17 @@ from __future__ import annotations
 from dlrscale.catalogue.axes import Knob, Levers, Strategy, Trains
 
 _LORA_KNOBS = (
-    Knob(name="rank", default=8, low=1, high=65536, text="rank of the adapters"),
-    Knob(name="alpha", default=16, low=1, high=65536, text="scale of the adapters, alpha / rank"),
-    Knob(name="dropout", default=0.0, low=0.0, high=0.99, text="dropout on the adapters' input"),
+    Knob(name="rank", default=8, low=1, high=65536, text="rank of the adapters", search=(2, 64), log=True),
+    Knob(
+        name="alpha",
+        default=16,
+        low=1,
+        high=65536,
+        text="scale of the adapters, alpha / rank",
+        search=(4, 128),
+        log=True,
+    ),
+    Knob(name="dropout", default=0.0, low=0.0, high=0.99, text="dropout on the adapters' input", search=(0.0, 0.2)),
 )
 
 ROWS: tuple[Strategy, ...] = (
@@ -128,5 +136,45 @@ ROWS: tuple[Strategy, ...] = (
         saved="as ckpt-layer on the base model",
         cost="no training for the transform, then as ckpt-layer",
         transform="flatten",
+    ),
+    Strategy(
+        name="norms",
+        idea="norms and biases alone, wherever they are; checkpointed per layer",
+        source="BitFit, arXiv 2106.10199",
+        saved="as ckpt-layer; inside a layer a frozen DLR-Net saves 3 sum(R) (gated), a norm its normalised input",
+        cost="2 forwards, 1 backward without weight gradients",
+        trainable="norms",
+        trains=Trains(parts=frozenset({"norm"}), biases=True),
+    ),
+    Strategy(
+        name="last-k",
+        idea="the last k decoder layers and the final norm; the LM head stays frozen; checkpointed per layer",
+        source="a usual practice; Lee et al., arXiv 2210.11466, as a relative",
+        saved="of k layers as ckpt-layer, of the layers before them nothing",
+        cost="1 forward, and 1 more and 1 backward of the k layers",
+        trainable="last-k",
+        trains=Trains(parts=frozenset({"attention", "mlp", "norm"}), last="last"),
+        knobs=(
+            Knob(name="last", default=2, low=1, high=65536, text="k: trained decoder layers, counted from the end"),
+        ),
+    ),
+    Strategy(
+        name="head",
+        idea="the LM head alone; a tied head gets a matrix of its own",
+        source="linear probing; Alain and Bengio, arXiv 1610.01644, as a relative",
+        saved="the head's input, D per token, and the loss; of the layers nothing",
+        cost="1 forward, and the head's weight gradient",
+        trainable="head",
+        trains=Trains(parts=frozenset({"head"}), untied=True),
+    ),
+    Strategy(
+        name="ladder",
+        idea="a narrow side network on the outputs of all layers of the frozen model, which runs without a graph",
+        source="LST, arXiv 2206.06522",
+        saved="D + d per token and layer, d = D / reduction the side's width; about D + 16 d without checkpointing",
+        cost="1 forward of the model; of the side, about reduction^2 times smaller, 2 forwards and 1 backward",
+        trainable="ladder",
+        trains=Trains(parts=frozenset(), side="reduction", merges=False),
+        knobs=(Knob(name="reduction", default=8, low=1, high=65536, text="the model's width over the side's"),),
     ),
 )

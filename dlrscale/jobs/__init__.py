@@ -29,6 +29,7 @@ from dlrscale.jobs.pretrain import pretrain
 from dlrscale.launcher.guard import Guard
 from dlrscale.launcher.ranks import OUT_OF_MEMORY, RankNote
 from dlrscale.measure import Phases, check_clean
+from dlrscale.planner.model import attacked
 from dlrscale.record import Outcome
 from dlrscale.train import CHECKPOINT_FOLDER, Diverged
 
@@ -79,12 +80,60 @@ def preflight(config: RunConfig) -> dict[str, Any]:
                 f"--start warm is not defined for --form {config.form} on {shape.family.model_type}, whose MLPs are "
                 f"{shape.kind}. Take --start cold."
             )
-    elif shape.locked and config.entry.transform == "flatten":
+    else:
+        check_levers(config, shape)
+    if isinstance(config, AttackConfig) and shape.locked and config.entry.transform == "flatten":
         models.check_generation(config.model)
         shapes.check_flattens(shape)
+    if isinstance(config, AttackConfig):
+        check_trained(config, shape)
     if config.data:
         load_corpora(config, models.load_tokenizer(config.model))
     return merged
+
+
+def check_levers(config: AttackConfig, shape: shapes.ModelShape) -> None:
+    """Refuse what the levers of an attack cannot do on a model.
+
+    Args:
+        config: The attack.
+        shape: The shape of the model that it is given.
+
+    Raises:
+        ConfigError: If there is such.
+    """
+    faults = []
+    if config.entry.gradient == "reverse" and config.knobs.get("dropout"):
+        faults.append(
+            f"--set dropout={config.knobs['dropout']}: --gradient reverse runs each block again, and another dropout "
+            "would give another code. Take dropout=0, or --gradient backprop."
+        )
+    unlocked = shape.layers > len(shape.ranks or {}) or config.entry.transform in ("flatten", "undistil")
+    if config.tiles > 1 and shape.family.inline and unlocked:
+        faults.append(
+            f"--tiles {config.tiles}: the MLPs of {shape.family.model_type} are no modules of their own, so that their "
+            "tokens cannot be tiled. Leave it out, or take another strategy."
+        )
+    if faults:
+        raise ConfigError(faults)
+
+
+def check_trained(config: AttackConfig, shape: shapes.ModelShape) -> None:
+    """Refuse a trainable set that the model does not have, or that cannot be saved as was asked.
+
+    Args:
+        config: The attack.
+        shape: The shape of its model.
+
+    Raises:
+        ConfigError: If it is so.
+    """
+    attacked(shapes.read_config(config.model), shape, config.entry, config.knobs)
+    if config.save_model and not config.entry.trains.merges:
+        raise ConfigError(
+            f"--save-model: what --trainable {config.entry.trainable} trains stands beside the model and does not "
+            "merge into its weights. Leave --save-model out: it is written to the folder adapter in any case."
+        )
 
 
 def check_checkpoints(config: RunConfig) -> None:
@@ -189,6 +238,8 @@ class Ending:
                 "error": error,
             }
             self.entry["config"] |= job.notes
+            if job.gates:
+                self.entry["gates"] = job.gates
             if self.entry.get("plan") is not None:
                 self.entry["plan"] |= job.plan
             record.append_line(job.out / record.RECORDS_FILE, self.entry)

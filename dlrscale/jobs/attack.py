@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dlrscale import attacks, export, models, shapes
+from dlrscale import attacks, export, folders, models, search, shapes
 from dlrscale.attacks.levers import Levers, mlp_parts
 from dlrscale.config import AttackConfig
+from dlrscale.data import Batches
 from dlrscale.engine import Engine
-from dlrscale.jobs import forecast
+from dlrscale.jobs import forecast, gates
 from dlrscale.jobs.common import (
     ADAPTER_FOLDER,
     MODEL_FOLDER,
@@ -35,6 +36,7 @@ def attack(run_: Run) -> None:
     """Fine-tune one model by one strategy and measure what it cost (design: attacking)."""
     config: AttackConfig = run_.config
     entry = config.entry
+    run_.gates |= search.gates(config, "locked" if folders.read_manifest(config.model) else "base")
     with run_.phases.phase("load"):
         folder = Path(config.model)
         tokenizer = models.load_tokenizer(folder)
@@ -64,18 +66,27 @@ def attack(run_: Run) -> None:
         out=run_.out,
         sink=run_.sink,
         evaluate=evaluate,
+        stop_above=config.stop_above,
     )
     done = loop.resume()
     if done:  # counted in the first step, and carried by the checkpoint
         objective.counter, objective.counted, objective.seen = None, loop.state["counted"], loop.state["seen"]
+        run_.gates |= loop.state["gates"]
     else:
         with run_.phases.phase("evaluate"):
-            loop.state = {"start": evaluate("_start"), "counted": objective.counted, "seen": objective.seen}
+            start = evaluate("_start")
+        with run_.phases.phase("check"):
+            run_.gates |= check_gradient(config, ds, levers, batches)
+        loop.state = {"start": start, "counted": objective.counted, "seen": objective.seen, "gates": dict(run_.gates)}
     stage = Stage(name="train", steps=config.steps, lr=config.lr, warmup=config.warmup_steps, objective=objective)
     try:
         loop.run(stage, done)
-        with run_.phases.phase("evaluate"):
-            run_.metrics |= evaluate()
+        if loop.pruned_at is None:
+            with run_.phases.phase("evaluate"):
+                run_.metrics |= evaluate()
+        else:
+            run_.notes["pruned_at"] = loop.pruned_at
+            run_.metrics |= {k: v for k, v in loop.rows[-1].items() if k.startswith("loss/heldout_")}
     except BaseException:
         with suppress(Exception):  # whatever fails here must not hide how the run ended
             compare(run_, objective.seen, alone=True)
@@ -83,9 +94,41 @@ def attack(run_: Run) -> None:
     finally:
         run_.metrics |= loop.summary("train") | loop.state["start"] | objective.counted
         run_.metrics |= saved_formula(config, run_.ds_config, shape)
+        run_.metrics |= bill(run_, loop.rows)
     compare(run_, objective.seen)
+    run_.gates["engaged"] = gates.engaged(config, levers, run_.plan, ds.describe(), run_.metrics)
+    run_.metrics |= gates.metrics(run_.gates)
+    if config.is_trial:
+        return
     with run_.phases.phase("save"):
         save(run_, ds, model, folder, tokenizer)
+
+
+def check_gradient(config: AttackConfig, ds: Engine, levers: Levers, batches: Batches) -> dict[str, Any]:
+    """The gate `gradient` of a run that goes backward; none where the method has no gradient to compare."""
+    entry = config.entry
+    if not entry.exact:
+        return {"gradient": {"holds": None, "why": f"{entry.gradient} claims no exact gradient"}}
+    found = gates.gradient(ds, levers, batches.step(0).micro_batches[0], config.activation_storage)
+    if not found["holds"] and ds.rank == 0:
+        print(
+            f"INVALID: the gradient of {config.name} is not plain autograd's: cosine {found['cosine']:.6f} (at least "
+            f"{found['least']}), relative error {found['relative_error']:.3g} on {found['tokens']} tokens.",
+            flush=True,
+        )
+    return {"gradient": found}
+
+
+def bill(run_: Run, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What the run has cost so far, its transform included, and to its target: `search.bill`."""
+    config: AttackConfig = run_.config
+    per_token = None
+    with suppress(Exception):  # whatever fails here must not hide how the run ended
+        per_token = forecast.flops_per_token(config, run_.ds_config)
+    seconds = run_.phases.phases.get("transform", {}).get("seconds", 0.0)
+    tokens, flops = (run_.metrics.get(f"transform/{name}", 0.0) for name in ("tokens", "flops"))
+    before = search.Cost(tokens, flops, seconds * config.num_ranks / 3600)
+    return search.bill(rows, run_.metrics, per_token, config.num_ranks, config.target, before)
 
 
 def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None, alone: bool = False) -> None:
@@ -106,7 +149,9 @@ def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None, alo
     plan = forecast.forecast(run_.config, run_.ds_config)
     run_.plan |= forecast.measured(plan, seen if "saved_bytes" in seen else {}, held, peaks)
     errors = {f"plan/error_percent_{k.removesuffix('_bytes')}": v for k, v in run_.plan["error_percent"].items()}
-    run_.metrics |= {"plan/peak_bytes": plan.needs.peak_bytes} | {k: v for k, v in errors.items() if v is not None}
+    run_.metrics |= {"plan/peak_bytes": plan.needs.peak_bytes, "plan/params_trainable": plan.model.trained} | {
+        k: v for k, v in errors.items() if v is not None
+    }
 
 
 def build(config: AttackConfig, folder: Path) -> tuple[nn.Module, shapes.ModelShape, Levers]:
@@ -117,7 +162,7 @@ def build(config: AttackConfig, folder: Path) -> tuple[nn.Module, shapes.ModelSh
         folder: The model's folder, after the transform.
 
     Returns:
-        The model, or peft's model around it, its shape, and the levers that act inside it.
+        The model, or what stands around it, its shape, and the levers that act inside it.
     """
     model = models.load_model(folder, config.dtype)
     shape = shapes.model_shape(model.config.to_dict())
@@ -129,16 +174,16 @@ def build(config: AttackConfig, folder: Path) -> tuple[nn.Module, shapes.ModelSh
     else:
         torch.manual_seed(config.seed)  # the adapters' start
         chosen = attacks.find(trainable).choose(model, shape, config.knobs)
-    return chosen.train(), shape, Levers(model, shape, config)
+    return chosen.train(), shape, Levers(model, shape, config, getattr(chosen, "side", None))
 
 
 def save(run_: Run, ds: Engine, model: nn.Module, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write what the attack has made: adapters always, the whole model where it was asked for.
+    """Write what the attack has made: adapters and parts always, the whole model where it was asked for.
 
     Args:
         run_: The run.
         ds: Its engine.
-        model: The trained model, or peft's model around it.
+        model: The trained model, or what stands around it.
         folder: The folder that the model was loaded from, after the transform.
         tokenizer: Its tokenizer.
     """

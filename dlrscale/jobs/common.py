@@ -56,6 +56,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, Any] = field(default_factory=dict)
     engine: Engine | None = None
 
     def start_engine(self, model: nn.Module, trainable: list[nn.Parameter]) -> Engine:
@@ -119,6 +120,8 @@ def load_corpora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpo
     else:
         train, heldout = data.split_heldout(train)
         heldout = heldout.subset(slice(config.heldout_limit or None))
+    part = getattr(config, "heldout_part", None)
+    heldout = data.heldout_half(heldout, part) if part else heldout
     base = getattr(config, "heldout_base", None)
     # Another domain's file may have other keys.
     own = read(base, config.heldout_limit, data.fitting_columns(base, config.columns)) if base else None

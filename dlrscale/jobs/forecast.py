@@ -64,6 +64,12 @@ def forecast(config: RunConfig, ds_config: Mapping[str, Any]) -> Plan | LockPlan
     return Plan(model=model, **inside(config, config.entry, config.knobs), **common)
 
 
+def flops_per_token(config: AttackConfig, ds_config: Mapping[str, Any]) -> float:
+    """Planned FLOPs of a processed token: forward, backward and what is run again, of a full micro-batch."""
+    flops = forecast(config, ds_config).activations.flops()
+    return sum(flops.values()) / (config.micro_batch * config.seq_len)
+
+
 def hosts(config: RunConfig) -> tuple[int, int]:
     """The hosts of a job and the ranks of the fullest: of its hostfile, or as DeepSpeed's launcher has started it."""
     if config.hostfile:

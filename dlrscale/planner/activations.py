@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from dlrscale.catalogue import PARTS
 from dlrscale.planner import forward
 from dlrscale.planner.forward import Layer, Pass
 from dlrscale.planner.tape import DEVICE, HOST, Tape
 
-BACKBONE = frozenset({"norm", "projection"})  # of what lies behind the last layer, what a storage acts on
+STORED = frozenset({"norm", "projection", "side"})  # of what lies behind the last layer, what a storage acts on
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,24 @@ class Activations:
 
     @cached_property
     def layers(self) -> list[Layer]:
-        """One entry per layer; equal layers share one tape."""
-        ranks, flows, found = self.run.shape.ranks or {}, forward.stream_flows(self.run), {}
-        keys = [(ranks.get(i), flows or i > 0) for i in range(self.run.shape.layers)]
+        """One entry per layer that is trained or not; equal layers share one tape. Of a side network its own."""
+        if self.run.training.side:
+            return [forward.side_layer(self.run)] * self.run.shape.layers
+        return self._decoder
+
+    @cached_property
+    def _decoder(self) -> list[Layer]:
+        ranks, first, found = self.run.shape.ranks or {}, self.run.training.first, {}
+        keys = [(ranks.get(i), forward.flows(self.run, i), i >= first) for i in range(self.run.shape.layers)]
         for layer, key in enumerate(keys):
             if key not in found:
                 found[key] = forward.decoder_layer(self.run, layer)
         return [found[key] for key in keys]
+
+    @property
+    def _beside(self) -> list[Layer]:
+        """The layers of the frozen model that a side network stands beside."""
+        return self._decoder if self.run.training.side else []
 
     @cached_property
     def _ends(self) -> tuple[Tape, Tape]:
@@ -42,17 +52,19 @@ class Activations:
         return 2 * self.run.length * self.run.parts.rotary * self.run.size if kept else 0
 
     @cached_property
-    def _inputs(self) -> Tape:
-        """What a checkpointed layer keeps between forward and backward: its input.
+    def _inputs(self) -> list[int]:
+        """With checkpointing, the bytes of the inputs that are kept of all layers up to each."""
+        found = {id(layer): layer.inputs().kept_bytes(self.run.storage) for layer in self.layers}
+        return list(accumulate(found[id(layer)] for layer in self.layers))
 
-        GPT-2 hands its mask to it as an input too, where its attention is written out; all layers have the same one.
-        """
+    @property
+    def mask_bytes(self) -> int:
+        """GPT-2 hands its mask to a checkpointed layer as an input, where its attention is written out."""
         run, tape = self.run, self.run.tape()
-        tape.save(tape.new(tape.tokens * run.shape.width, True, row=run.shape.width))
-        if run.shape.family.model_type == "gpt2" and run.attention == "eager":
-            tape.part = "mask"
+        taken = run.checkpointed and self._inputs[-1] and not run.training.side
+        if taken and run.shape.family.model_type == "gpt2" and run.attention == "eager":
             tape.save(tape.new(run.batch * run.length**2, False, row=run.length))
-        return tape
+        return tape.kept_bytes(run.storage)
 
     @property
     def _layer_storage(self) -> str:
@@ -79,25 +91,24 @@ class Activations:
         found = {id(at): at.peak_bytes(self._layer_storage, without_input=self._input_counts) for at in self.layers}
         return [found[id(layer)] for layer in self.layers]
 
-    def _backbone_bytes(self) -> int:
+    def _stored_bytes(self) -> int:
         """What embedding, layers and final norm keep between forward and backward, where the storage has it."""
         run, ends = self.run, self._ends
-        around = ends[0].kept_bytes(run.storage) + ends[1].kept_bytes(run.storage, parts=BACKBONE)
+        around = ends[0].kept_bytes(run.storage) + ends[1].kept_bytes(run.storage, parts=STORED)
         if run.checkpointed:
-            one, mask = (self._inputs.kept_bytes(run.storage, parts=parts) for parts in ({""}, {"mask"}))
-            return around + run.shape.layers * one + mask
+            return around + self._inputs[-1] + self.mask_bytes
         return around + sum(self.layer_bytes) + self.table_bytes
 
     @property
     def held_bytes(self) -> int:
         """Everything saved on the device when forward ends."""
-        inside = 0 if self.run.storage == HOST else self._backbone_bytes()
-        return inside + self._ends[1].kept_bytes(parts=PARTS - BACKBONE | {"loss"})
+        inside = 0 if self.run.storage == HOST else self._stored_bytes()
+        return inside + self._ends[1].kept_bytes(parts={"head", "loss"})
 
     @property
     def host_bytes(self) -> int:
         """What is saved in host memory when forward ends."""
-        return self._backbone_bytes() if self.run.storage == HOST else 0
+        return self._stored_bytes() if self.run.storage == HOST else 0
 
     def _before(self, layer: int) -> int:
         """What is on the device before and beside a layer's own while backward goes through it."""
@@ -106,8 +117,7 @@ class Activations:
             return tables if run.checkpointed else 0
         ends = self._ends[0].kept_bytes(run.storage) + tables
         if run.checkpointed:
-            one, mask = (self._inputs.kept_bytes(run.storage, parts=parts) for parts in ({""}, {"mask"}))
-            return ends + mask + (layer + 1) * one
+            return ends + self.mask_bytes + self._inputs[layer]
         return ends + self._running[layer]
 
     def alive_bytes(self, layer: int) -> int:
@@ -160,16 +170,16 @@ class Activations:
 
     def fused_flops(self) -> int:
         """FLOPs of fused attention kernels in all of forward, backward and what is run again."""
-        inside = sum(layer.tape.kernel_flops for layer in self.layers)  # one product; forward has 2, backward 4 more
+        inside = sum(layer.tape.kernel_flops for layer in self.layers)  # one product; backward has 4 more
         again = 2 * inside if self.run.checkpointed else 0
-        return 7 * inside + again
+        return sum(layer.tape.fused_flops for layer in (*self.layers, *self._beside)) + 5 * inside + again
 
     def flops(self) -> dict[str, int]:
         """FLOPs of forward, of backward, of what is run again in backward, and inside fused kernels.
 
         What `reverse` runs again is its backward's own.
         """
-        tapes = [*self._ends, *(layer.tape for layer in self.layers)]
+        tapes = [*self._ends, *(layer.tape for layer in (*self.layers, *self._beside))]
         again = sum(layer.tape.again_flops for layer in self.layers)
         if self.run.checkpointed:
             again += sum(layer.tape.recomputed_flops for layer in self.layers)

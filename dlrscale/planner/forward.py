@@ -10,8 +10,9 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from dlrscale import shapes
 from dlrscale.planner.tape import DEVICE, FP32, HOST, INT64, Tape, Tensor, Training
-from dlrscale.shapes import FORMS, ModelShape, segment_length
+from dlrscale.shapes import FORMS, ModelShape
 from dlrscale.shapes.layout import GEMMA, LAYER, Layout
 
 LOSS_CHUNK_ELEMENTS = 1 << 25  # of logits that the loss turns to fp32 at a time (evaluate.py)
@@ -45,9 +46,10 @@ class Pass:
     zero3: bool = False
     label_tokens: int | None = None
 
-    def tape(self, part: str = "") -> Tape:
-        """A fresh tape."""
-        return Tape(self.batch, self.length, self.size, self.training, self.device, part, self.zero3)
+    def tape(self, part: str = "", layer: int | None = None) -> Tape:
+        """A fresh tape, for a decoder layer or for what lies outside of them."""
+        training = self.training if layer is None else self.training.of_layer(layer)
+        return Tape(self.batch, self.length, self.size, training, self.device, part, self.zero3)
 
     @property
     def checkpointed(self) -> bool:
@@ -62,15 +64,19 @@ class Pass:
 
 @dataclass(frozen=True)
 class Layer:
-    """What one decoder layer keeps: its tape, its input's storage, and the rotary tables that all layers share."""
+    """What one decoder layer keeps: its tape, its input's storage, and the rotary tables that all layers share.
+
+    `beside` is what it takes besides its input from outside (a side network reads the frozen layer's output).
+    """
 
     tape: Tape
     source: Tensor
     shared: frozenset[int]
+    beside: tuple[Tensor, ...] = ()
 
     def left_out(self, without_input: bool) -> frozenset[int]:
         """The storages that do not count as the layer's own: the shared tables; with checkpointing its input too."""
-        return self.shared | ({self.source.storage} if without_input else set())
+        return self.shared | ({t.storage for t in (self.source, *self.beside)} if without_input else set())
 
     def bytes(self, storage: str = DEVICE, *, without_input: bool = False) -> int:
         """Bytes of what is saved as a storage has it (`Tape.kept_bytes`), without what is left out."""
@@ -81,12 +87,29 @@ class Layer:
         at_once = 0 if storage == HOST else self.bytes(storage, without_input=without_input)
         return max(at_once, self.tape.inner_peak_bytes(storage, without=self.left_out(without_input)))
 
+    @property
+    def input_bytes(self) -> int:
+        """What is kept of it on the device where it is checkpointed (`inputs`)."""
+        return self.inputs().kept_bytes()
+
+    def inputs(self) -> Tape:
+        """What is kept of it where it is checkpointed: its input, or nothing where no gradient goes through it."""
+        tape = self.tape.inside()
+        for tensor in (self.source, *self.beside) if self.tape.saved else ():
+            tape.save(tensor)
+        return tape
+
 
 def stream_flows(run: Pass) -> bool:
     """Whether a gradient is asked of the first layer's input: only where something before it is trained."""
     projected = run.parts.embedding_width != run.shape.width
     changed = run.training.trained | run.training.adapted
     return embedded_flows(run) or (projected and "projection" in changed)
+
+
+def flows(run: Pass, layer: int) -> bool:
+    """Whether a gradient is asked of the input of a decoder layer, or, behind the last one, of the final norm."""
+    return stream_flows(run) or layer > run.training.first
 
 
 def embedded_flows(run: Pass) -> bool:
@@ -109,20 +132,24 @@ def embedding(run: Pass) -> Tape:
         per_sequence = run.shape.family.model_type == "gpt2"  # its position indices are (1, T)
         tape.save(tape.new(run.length if per_sequence else tape.tokens, False, INT64))
     tape.dropout(x, parts.dropout["embedding"])
+    if run.training.side:
+        side_start(tape, run)
     return tape
 
 
 def head(run: Pass) -> Tape:
     """Final norm, language-model head and loss (evaluate.cross_entropy_sum), on the stream behind the last layer."""
     tape, parts, shape = run.tape("norm"), run.parts, run.shape
-    x = tape.new(tape.tokens * shape.width, True, row=shape.width)
+    x = tape.new(tape.tokens * shape.width, flows(run, shape.layers), row=shape.width)
     if parts.final_norm:
         x = norm(tape, parts, x, shape.width)
     if parts.embedding_width != shape.width:
         tape.part = "projection"
         x = tape.linear(x, shape.width, parts.embedding_width)
+    if run.training.side:
+        x = tape.add(x, side_update(tape, run))
     tape.part = "head"
-    tape.linear(x, parts.embedding_width, shape.vocabulary)
+    tape.linear(x, parts.embedding_width, shape.vocabulary, bias=parts.head_bias)
     tape.part = "loss"
     tape.save(tape.new(run.labels, False, INT64))  # the places of labels: one storage for all chunks
     for rows in loss_chunks(run):
@@ -151,8 +178,7 @@ def norm(tape: Tape, parts: Layout, x: Tensor, width: int) -> Tensor:
 
 def decoder_layer(run: Pass, layer: int) -> Layer:
     """One decoder layer: attention and MLP or DLR-Net, in the family's wiring."""
-    tape, shape, parts = run.tape(), run.shape, run.parts
-    x = tape.new(tape.tokens * shape.width, layer > 0 or stream_flows(run), row=shape.width)
+    x = tape.new(tape.tokens * shape.width, flows(run, layer), row=shape.width)
     tables = tuple(tape.new(run.length * parts.rotary, False) for _ in range(2))
     before = parts.norm_first
     y = norm(tape, parts, x, shape.width) if before else x
@@ -170,16 +196,58 @@ def decoder_layer(run: Pass, layer: int) -> Layer:
     return Layer(tape, x, frozenset(t.storage for t in tables))
 
 
+def side_start(tape: Tape, run: Pass) -> None:
+    """What a side network reads of the embedding's output, which is normalised without a gradient: s_0 = P_0 h_0."""
+    tape.part = "side"
+    stream = tape.new(tape.tokens * run.shape.width, False, row=run.shape.width)
+    tape.linear(stream, run.shape.width, run.training.side)
+
+
+def side_layer(run: Pass) -> Layer:
+    """A layer of a side network, on what it has so far and a frozen layer's output (attacks/ladder.py)."""
+    tape, width, side = run.tape("side"), run.shape.width, run.training.side
+    tokens, heads = tape.tokens, shapes.side_heads(side)
+    s, h = tape.new(tokens * side, True, row=side), tape.new(tokens * width, False, row=width)
+    seen = tape.linear(h, width, side)
+    difference = tape.add(s, seen)
+    stream = tape.add(seen, tape.multiply(tape.kept_output(tape.new(1, True)), difference))
+    qkv = tape.linear(rms_divided(tape, stream), side, 3 * side)
+    attended = tape.new(tokens * side, True, row=side // heads)
+    into = (tape.view(qkv, tokens * side, row=side // heads) for _ in range(3))
+    for kept in (*into, attended, tape.new(tokens * heads, False, FP32, row=run.length)):
+        tape.save(kept)
+    products = 2 * run.batch * run.length**2 * side
+    tape.forward_flops[tape.part] += 2 * products
+    tape.fused_flops += 2 * products
+    tape.backward_flops[tape.part] += 4 * products
+    tape.kernel_flops += products
+    stream = tape.add(stream, tape.linear(tape.view(attended, attended.elements, row=side), side, side))
+    both = tape.linear(rms_divided(tape, stream), side, 4 * side)
+    gate, up = (tape.view(both, 2 * tokens * side, row=2 * side) for _ in range(2))
+    hidden = tape.multiply(tape.activation(gate, "silu"), up)
+    tape.add(stream, tape.linear(hidden, 2 * side, side))
+    return Layer(tape, s, frozenset(), (h,))
+
+
+def side_update(tape: Tape, run: Pass) -> Tensor:
+    """What a side network adds to the last hidden state: U n(s_N)."""
+    tape.part = "side"
+    last = tape.new(tape.tokens * run.training.side, True, row=run.training.side)
+    return tape.linear(rms_divided(tape, last), run.training.side, run.parts.embedding_width)
+
+
 def mlp(tape: Tape, run: Pass, x: Tensor, layer: int) -> Tensor:
     """A base MLP or a DLR-Net, whole or in tiles, and the dropout behind it."""
     shape = run.shape
-    tape.part = "mlp"
+    tape.part, tape.joined = "mlp", shape.family.inline
+    if not (x.grad or tape.changes("mlp", shape.mlp_bias)):  # the levers leave alone what asks for no gradient
+        run = replace(run, tiles=1, anchor=None, checkpointing="none")
     out = module(tape, run, x, layer) if run.tiles == 1 else tiled(tape, run, x, layer)
     if run.hardened and shape.ranks and layer in shape.ranks:
         flat_error(tape, shape, x, shape.ranks[layer])
     if not shape.family.dropout:
         out = tape.dropout(out, run.parts.dropout["residual"])
-    tape.part = ""
+    tape.part, tape.joined = "", False
     return out
 
 
@@ -217,15 +285,15 @@ def base_mlp(tape: Tape, shape: ModelShape, x: Tensor, own: bool) -> Tensor:
     """down(s(gate x) * up x), or down(s(up x))."""
     inner = shape.inner
     if not shape.family.gated:
-        hidden = tape.activation(tape.linear(x, shape.width, inner, own), shape.activation)
+        hidden = tape.activation(tape.linear(x, shape.width, inner, own, shape.mlp_bias), shape.activation)
     else:
         if shape.family.fused:
-            both = tape.linear(x, shape.width, 2 * inner)
+            both = tape.linear(x, shape.width, 2 * inner, bias=shape.mlp_bias)
             gate, up = (tape.view(both, tape.tokens * inner, row=inner) for _ in range(2))
         else:
-            gate, up = tape.linear(x, shape.width, inner), tape.linear(x, shape.width, inner)
+            gate, up = (tape.linear(x, shape.width, inner, bias=shape.mlp_bias) for _ in range(2))
         hidden = tape.multiply(tape.activation(gate, shape.activation), up)
-    return tape.linear(hidden, inner, shape.width, own)
+    return tape.linear(hidden, inner, shape.width, own, shape.mlp_bias)
 
 
 def dlr_net(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...], flat: bool = False) -> Tensor:
@@ -249,14 +317,14 @@ def code(tape: Tape, shape: ModelShape, u: Tensor, rank: int) -> Tensor:
     form, tokens = FORMS[shape.form], tape.tokens
     if form.norm:
         u = rms_divided(tape, u)
-    hidden = tape.linear(u, shape.width, rank * (2 if form.gated else 1))
+    hidden = tape.linear(u, shape.width, rank * (2 if form.gated else 1), bias=shape.mlp_bias)
     if not form.gated:
         return tape.activation(hidden, shape.activation)
     gate, up = (tape.view(hidden, tokens * rank, row=rank) for _ in range(2))
     return tape.multiply(tape.activation(gate, shape.activation), up)
 
 
-_segment_length = functools.cache(segment_length)
+_segment_length = functools.cache(shapes.segment_length)
 
 
 def nested_net(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...]) -> Tensor:
@@ -316,13 +384,13 @@ def rms_divided(tape: Tape, u: Tensor) -> Tensor:
 
 def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
     """Self-attention: maps, rotation, the products or the fused kernel, and the output map."""
-    parts, width = run.parts, run.shape.width
+    parts, width, own = run.parts, run.shape.width, run.shape.family.own_maps
     tape.part, tape.coded = "attention", False
     inner, narrow = parts.heads * parts.head_dim, parts.kv_heads * parts.head_dim
     if parts.fused:
-        q, k, v = split_heads(tape, run, tape.linear(x, width, parts.qkv_width, run.shape.family.own_maps))
+        q, k, v = split_heads(tape, run, tape.linear(x, width, parts.qkv_width, own, parts.qkv_bias))
     else:
-        q, k, v = (tape.linear(x, width, outputs) for outputs in (inner, narrow, narrow))
+        q, k, v = (tape.linear(x, width, outputs, bias=parts.qkv_bias) for outputs in (inner, narrow, narrow))
         q, k, v = (tape.view(t, t.elements, compact=False) for t in (q, k, v))
     if run.shape.family.model_type == "opt":
         q = tape.scale(q)
@@ -334,7 +402,7 @@ def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> T
     fused = run.attention == "sdpa" and not falls_back(run)
     out = fused_attention(tape, run, q, k, v) if fused else eager_attention(tape, run, q, k, v)
     tape.coded = True
-    return tape.linear(tape.view(out, out.elements, row=inner), inner, width, run.shape.family.own_maps)
+    return tape.linear(tape.view(out, out.elements, row=inner), inner, width, own, parts.out_bias)
 
 
 def falls_back(run: Pass) -> bool:
@@ -365,9 +433,9 @@ def split_heads(tape: Tape, run: Pass, both: Tensor) -> tuple[Tensor, Tensor, Te
 
 def qk_norm(tape: Tape, parts: Layout, x: Tensor) -> Tensor:
     """A norm over each head of queries or keys."""
-    tape.coded = True  # a module of its own
+    part, tape.part, tape.coded = tape.part, "norm", True  # a module of its own
     y = (tape.layer_norm if parts.qk_norm == LAYER else tape.rms_norm)(replace(x, row=parts.head_dim), parts.head_dim)
-    tape.coded = False
+    tape.part, tape.coded = part, False
     return tape.view(y, y.elements, compact=False)
 
 
@@ -420,6 +488,7 @@ def fused_attention(tape: Tape, run: Pass, q: Tensor, k: Tensor, v: Tensor) -> T
             tape.save(tape.new(run.batch * run.length**2, False))
     products = 2 * run.batch * parts.heads * run.length**2 * parts.head_dim
     tape.forward_flops[tape.part] += 2 * products
+    tape.fused_flops += 2 * products
     if out.grad:
         tape.backward_flops[tape.part] += 4 * products
         tape.kernel_flops += products

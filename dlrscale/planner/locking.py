@@ -60,9 +60,11 @@ class LockPlan:
 
     def tensors(self) -> Iterator[tuple[int, bool, int]]:
         """All parameter tensors: the base model's, frozen, and the DLR-Nets', trained."""
-        yield from ((numel, False, count) for _, numel, count in parameters(self.base, self.parts))
+        yield from ((t.numel, False, t.count) for t in parameters(self.base, self.parts))
         for layer in self.shape.ranks:
-            yield from ((n, True, 1) for part, n in layer_tensors(self.shape, self.parts, layer) if part == "mlp")
+            yield from (
+                (t.numel, True, t.count) for t in layer_tensors(self.shape, self.parts, layer) if t.part == "mlp"
+            )
 
     @cached_property
     def states(self) -> dict[str, Term]:

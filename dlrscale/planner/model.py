@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from dlrscale import catalogue, shapes
+from dlrscale.errors import ConfigError
 from dlrscale.planner.tape import Training
 from dlrscale.shapes import ModelShape
 from dlrscale.shapes.layout import Layout, layer_tensors, layout, maps, parameters
@@ -24,9 +25,11 @@ class Model:
 
     def tensors(self) -> Iterator[tuple[int, bool, int]]:
         """Its parameter tensors: elements, whether trained, and how many equal ones follow one another."""
-        for part, numel, count in parameters(self.shape, self.parts):
-            yield numel, part in self.training.trained, count
+        for t in parameters(self.shape, self.parts):
+            yield t.numel, self.training.has(t.part, t.bias, t.layer), t.count
         yield from self._adapters()
+        if self.training.side:
+            yield from self._side()
 
     def _adapters(self) -> Iterator[tuple[int, bool, int]]:
         training, shape = self.training, self.shape
@@ -40,6 +43,15 @@ class Model:
                 if part in training.adapted:
                     yield training.rank * inputs, True, 1
                     yield training.rank * outputs, True, 1
+
+    def _side(self) -> Iterator[tuple[int, bool, int]]:
+        """A side network's tensors (attacks/ladder.py): P_0, its layers, U."""
+        side, width = self.training.side, self.shape.width
+        yield width * side, True, 1
+        for _ in range(self.shape.layers):
+            for numel in side_layer_tensors(width, side):
+                yield numel, True, 1
+        yield side * self.parts.embedding_width, True, 1
 
     @cached_property
     def total(self) -> int:
@@ -55,22 +67,35 @@ class Model:
         """Trained parameters of the MLP of each decoder layer, and of the whole layer."""
         found: dict[object, tuple[int, int]] = {}
         ranks, training = self.shape.ranks or {}, self.training
-        for layer in range(self.shape.layers):
-            key = ranks.get(layer)
+        if training.side:
+            each = sum(side_layer_tensors(self.shape.width, training.side))
+            return [0] * self.shape.layers, [each] * self.shape.layers
+        keys = [(ranks.get(layer), layer >= training.first) for layer in range(self.shape.layers)]
+        for layer, key in enumerate(keys):
             if key not in found:
                 own = Counter[str]()
-                for part, numel in layer_tensors(self.shape, self.parts, layer):
-                    own[part] += numel * (part in training.trained)
+                for t in layer_tensors(self.shape, self.parts, layer):
+                    own[t.part] += t.numel * t.count * training.has(t.part, t.bias, layer)
                 for part, inputs, outputs, _ in maps(self.shape, self.parts, layer):
                     own[part] += training.rank * (inputs + outputs) * (part in training.adapted)
                 found[key] = own["mlp"], own.total()
-        pairs = [found[ranks.get(layer)] for layer in range(self.shape.layers)]
+        pairs = [found[key] for key in keys]
         return [mlp for mlp, _ in pairs], [whole for _, whole in pairs]
 
     def last_map(self, layer: int) -> int:
         """Trained elements of a layer's last map, whose gradient comes first."""
         inner = (self.shape.ranks or {}).get(layer, (self.shape.inner,))[-1]
-        return self.shape.width * inner * ("mlp" in self.training.trained)
+        return self.shape.width * inner * self.training.has("mlp", layer=layer)
+
+    def outside(self, part: str) -> int:
+        """Trained elements of a part outside of the decoder layers."""
+        found = (t for t in parameters(self.shape, self.parts) if t.layer is None and t.part == part)
+        return sum(t.numel * t.count for t in found if self.training.has(t.part, t.bias))
+
+
+def side_layer_tensors(width: int, side: int) -> tuple[int, ...]:
+    """Elements of the tensors of a side network's layer: the gate, P, and the maps of its block in their order."""
+    return 1, width * side, 3 * side**2, side**2, 4 * side**2, 2 * side**2
 
 
 def locked_shape(base: ModelShape, form: str, depth: int, rank: int | None, layers: str | None) -> ModelShape:
@@ -124,12 +149,28 @@ def attacked(
 
     Returns:
         The model.
+
+    Raises:
+        ConfigError: If it has fewer layers than are to be trained, or nothing that is.
     """
     parts = layout(config, shape)
     if entry.transform == "flatten" and shape.ranks:
         shape = flat_shape(shape)
     trains = entry.trains
-    training = Training(trained=trains.parts)
+    if trains.untied:
+        shape = replace(shape, tied=False)
+    last = int(knobs[trains.last]) if trains.last else shape.layers
+    if last > shape.layers:
+        raise ConfigError(
+            f"--set {trains.last}={last}: the model has {shape.layers} decoder layers. Take at most as many."
+        )
+    inside = trains.biases or trains.adapted or trains.parts & {"attention", "norm", "mlp"}
+    training = Training(
+        trained=trains.parts | ({"side"} if trains.side else set()),
+        biases=trains.biases,
+        first=shape.layers - last if inside else shape.layers,
+        side=shapes.side_width(shape.width, int(knobs[trains.side])) if trains.side else 0,
+    )
     if trains.adapted:
         training = Training(
             trained=trains.parts,
@@ -137,4 +178,7 @@ def attacked(
             rank=int(knobs["rank"]),
             adapter_dropout=float(knobs["dropout"]),
         )
-    return Model(shape=shape, parts=parts, training=training)
+    model = Model(shape=shape, parts=parts, training=training)
+    if not model.trained:
+        raise ConfigError(f"--trainable {entry.trainable}: the model has no such parameter. Take another set.")
+    return model

@@ -28,7 +28,6 @@ from dlrscale.planner.states import (
     model_states,
     zero3_linear,
 )
-from dlrscale.shapes.layout import parameters
 
 
 def inside(levers: Any, entry: Strategy, knobs: Mapping[str, float]) -> dict[str, Any]:
@@ -153,25 +152,29 @@ class Plan:
             grown = whole * done // max(1, self.model.trained) if growing else whole
             return always | {"gradients": grown, "saved tensors": saved, beside: size}
 
-        done = self._trained("head") + (self._trained("embedding") if self.model.shape.tied else 0)
+        model = self.model
+        done = model.outside("head") + (model.outside("embedding") if model.shape.tied else 0)
+        done += model.training.side * model.parts.embedding_width
         at_loss = moment(0, kept.held_bytes, "logits and loss", workspace.loss_backward_bytes(kept.run))
         moments = [at_loss | dict.fromkeys(("backward", *(["buckets"] if asked_for else [])), 0)]
         of_mlp, of_layer = self.model.trained_by_layer()
         for layer in reversed(range(self.model.shape.layers)):
+            if not kept.layers[layer].tape.saved:  # no gradient comes so far
+                break
+            alive = kept.alive_bytes(layer)
+            if model.training.side:
+                moments.append(moment(done, alive, "inside a layer", workspace.side_bytes(kept)))
+                done += of_layer[layer]
+                continue
             inside, last = workspace.mlp_bytes(kept, layer), self.model.last_map(layer)
             if self.tiles > 1:
                 inside, last = inside + kept.run.size * (of_mlp[layer] + last), 0
-            moments.append(moment(done + last, kept.alive_bytes(layer), "inside a layer", inside))
+            moments.append(moment(done + last, alive, "inside a layer", inside))
             left, beside = kept.attention_bytes(layer), workspace.attention_bytes(kept)
             moments.append(moment(done + of_mlp[layer], left, "inside a layer", beside))
             done += of_layer[layer]
         moments.append(moment(self.model.trained, 0, "inside a layer", 0) | summing)
         return max(moments, key=lambda terms: sum(terms.values()))
-
-    def _trained(self, part: str) -> int:
-        if part not in self.model.training.trained:
-            return 0
-        return sum(n * count for p, n, count in parameters(self.model.shape, self.model.parts) if p == part)
 
     @property
     def stage(self) -> int:

@@ -39,12 +39,27 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What of a model is trained: the weights of the parts in `trained`, adapters of `rank` on those in `adapted`."""
+    """What of a model is trained: the weights of the parts in `trained`, adapters of `rank` on those in `adapted`.
+
+    `biases`: all biases besides, whatever part they belong to. Decoder layers before `first` are frozen whole. `side`
+    is the width of a side network beside the frozen model, whose passes then keep nothing.
+    """
 
     trained: frozenset[str] = PARTS
     adapted: frozenset[str] = frozenset()
     rank: int = 0
     adapter_dropout: float = 0.0
+    biases: bool = False
+    first: int = 0
+    side: int = 0
+
+    def has(self, part: str, bias: bool = False, layer: int | None = None) -> bool:
+        """Whether tensors of a part are trained, outside of the decoder layers or in one of them."""
+        return (layer is None or layer >= self.first) and (part in self.trained or (bias and self.biases))
+
+    def of_layer(self, layer: int) -> Training:
+        """What of one decoder layer is trained."""
+        return self if layer >= self.first else replace(self, trained=frozenset(), adapted=frozenset(), biases=False)
 
 
 @dataclass(frozen=True)
@@ -86,10 +101,10 @@ class Tape:
     as 8-bit codes with a scale per row, None where it stays as it is (attacks/act_int8.py: short rows, whole numbers,
     and what is not `coded`, inside attention but outside of its modules). `regions` are its checkpointed parts.
     `recomputed_flops` are forward's up to the last thing that is saved: torch's checkpointing stops there when it runs
-    a part again. `kernel_flops` are what fused kernels compute again inside themselves in backward. `device` is `cuda`
-    or `cpu`, where they differ. `zero3`: DeepSpeed's own function stands in the place of torch's linear map
-    (zero/linear.py, `LinearFunctionForZeroStage3`); it keeps its input, when it has run, also where the weight is
-    frozen.
+    a part again. `kernel_flops` are what fused kernels compute again inside themselves in backward, `fused_flops` those
+    that they compute in forward. `device` is `cuda` or `cpu`, where they differ. `zero3`: DeepSpeed's own function
+    stands in the place of torch's linear map (zero/linear.py, `LinearFunctionForZeroStage3`); it keeps its input, when
+    it has run, also where the weight is frozen. `joined`: the tokens of all sequences lie in one dimension.
     """
 
     batch: int
@@ -100,13 +115,15 @@ class Tape:
     part: str = ""
     zero3: bool = False
     coded: bool = True
+    joined: bool = False
     saved: dict[int, tuple[str, int]] = field(default_factory=dict)
-    views: dict[tuple[int, int], tuple[str, int | None]] = field(default_factory=dict)
+    views: dict[tuple[int, int, bool], tuple[str, int | None]] = field(default_factory=dict)
     regions: list[Region] = field(default_factory=list)
     recomputed_flops: int = 0
     forward_flops: Counter[str] = field(default_factory=Counter)
     backward_flops: Counter[str] = field(default_factory=Counter)
     kernel_flops: int = 0
+    fused_flops: int = 0
     _storages: dict[int, int] = field(default_factory=dict)
     _views: Iterator[int] = field(default_factory=lambda: count(1))
 
@@ -154,7 +171,7 @@ class Tape:
         }
         if storage != INT8:
             return sum(whole.values())
-        as_codes = [(key, codes) for (key, _), (_, codes) in islice(self.views.items(), views) if key in whole]
+        as_codes = [(key, codes) for (key, *_), (_, codes) in islice(self.views.items(), views) if key in whole]
         as_it_is = {key for key, codes in as_codes if codes is None}
         return sum(codes or 0 for _, codes in as_codes) + sum(whole[key] for key in as_it_is)
 
@@ -175,7 +192,7 @@ class Tape:
                 alive = set(islice(self.saved, region.mark[0])) | without
             else:  # inputs come back from the host whole, and from codes one by one
                 alive = set(without)
-                views = {x: self.views[x.storage, x.view][1] for x in region.inputs}
+                views = {x: self.views[x.storage, x.view, False][1] for x in region.inputs}
                 alive |= {x.storage for x, codes in views.items() if storage == INT8 and codes is None}
                 fresh = {x.storage: x.elements * x.size for x in region.inputs} if storage == INT8 else {}
             before = 0 if storage == HOST else self.kept_bytes(storage, without=without, mark=region.mark)
@@ -207,13 +224,13 @@ class Tape:
         """A part of a tensor, or another shape of it, in the same storage."""
         return Tensor(elements, x.size, x.grad, x.storage, compact, row or x.row, next(self._views))
 
-    def save(self, x: Tensor) -> None:
-        """Keep a tensor's whole storage for backward."""
+    def save(self, x: Tensor, joined: bool = False) -> None:
+        """Keep a tensor's whole storage for backward; `joined`: as a view in which all tokens lie in one dimension."""
         self.recomputed_flops = self.forward_flops.total()
         self.saved.setdefault(x.storage, (self.part, self._storages[x.storage]))
         fits = self.coded and x.row >= SHORTEST_ROW and x.size in (2, FP32)
         codes = x.elements + 4 * (x.elements // x.row) if fits else None
-        self.views.setdefault((x.storage, x.view), (self.part, codes))
+        self.views.setdefault((x.storage, x.view, joined and not self.joined), (self.part, codes))
 
     def inside(self, tokens: int | None = None) -> Tape:
         """A tape for a part of this pass, on some of its tokens, that knows its storages."""
@@ -230,33 +247,39 @@ class Tape:
         self.forward_flops += inside.forward_flops
         self.backward_flops += inside.backward_flops
 
+    def changes(self, part: str, biased: bool) -> bool:
+        """Whether anything of a part is trained: weights, adapters, or its biases, where it has some."""
+        training = self.training
+        return part in training.trained | training.adapted or (biased and training.biases)
+
     def weights_trained(self) -> bool:
         """Whether the weights of the present part are trained."""
         return self.part in self.training.trained
 
-    def linear(self, x: Tensor, width: int, outputs: int, own: bool = False) -> Tensor:
+    def linear(self, x: Tensor, width: int, outputs: int, own: bool = False, bias: bool = False) -> Tensor:
         """x @ W^T (+ bias), with an adapter where the present part has one: B(A(dropout(x))) * scale beside it.
 
         A trained weight keeps its input. peft's adapter keeps the input of A (its own copy behind a dropout) and of B.
-        `own`: the family does not call torch's linear map (GPT-2's Conv1D, Falcon's product).
+        `own`: the family does not call torch's linear map (GPT-2's Conv1D, Falcon's product). `bias`: there is one; a
+        trained one keeps nothing, but where DeepSpeed's own function keeps the input for any gradient.
         """
         rows, training, trained = x.elements // width, self.training, self.weights_trained()
         replaced, adapted = self.zero3 and not own, self.part in training.adapted
-        coded, self.coded = self.coded, True
-        self._map(x, rows * width * outputs, trained, replaced)
+        biased, coded, self.coded = bias and training.biases, self.coded, True
+        self._map(x, rows * width * outputs, trained, replaced, biased)
         if adapted:
             inside = self.dropout(x, training.adapter_dropout)
             self._map(inside, rows * width * training.rank, True, self.zero3)
             code = self.new(rows * training.rank, True, row=training.rank)
             self._map(code, rows * training.rank * outputs, True, self.zero3)
         self.coded = coded
-        return self.new(rows * outputs, x.grad or trained or adapted, row=outputs)
+        return self.new(rows * outputs, x.grad or trained or biased or adapted, row=outputs)
 
-    def _map(self, x: Tensor, multiplications: int, trained: bool, replaced: bool) -> None:
+    def _map(self, x: Tensor, multiplications: int, trained: bool, replaced: bool, biased: bool = False) -> None:
         if trained and not replaced:
-            self.save(x)
+            self.save(x, joined=True)
         self.product(multiplications, x.grad, trained)
-        if replaced and (x.grad or trained):
+        if replaced and (x.grad or trained or biased):
             self.save(x)
 
     def product(self, multiplications: int, first: bool, second: bool) -> None:

@@ -105,3 +105,13 @@ def attention_bytes(kept: Activations) -> int:
     tokens = run.batch * run.length * (run.shape.width + 2 * inner + 2 * narrow + back) * run.size
     pairs = 2 * run.batch * parts.heads * run.length**2 * FP32 if run.attention == "eager" else 0
     return tokens + pairs
+
+
+def side_bytes(kept: Activations) -> int:
+    """Beside what is saved, at the highest moment of the backward of a side network's layer, in its MLP.
+
+    The gradients of the stream, of the product and both its factors, and of the fused map's output, when the product
+    has gone.
+    """
+    run = kept.run
+    return run.batch * run.length * 9 * run.training.side * run.size

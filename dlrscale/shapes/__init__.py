@@ -386,6 +386,16 @@ def saved_bytes(shape: ModelShape, layer: int, dtype_bytes: int, trainable: bool
     return elements * dtype_bytes + wide * (4 - dtype_bytes)
 
 
+def side_width(width: int, reduction: int) -> int:
+    """The width of a side network beside a model of `width` D: D / reduction in whole eights, at least 8."""
+    return max(8, width // reduction // 8 * 8)
+
+
+def side_heads(side: int) -> int:
+    """The attention heads of a side network: of the largest power of two, at most 64, that divides its width."""
+    return side // min(64, side & -side)
+
+
 def parse_layers(text: str | None, layers: int) -> tuple[int, ...]:
     """Layer indices from text such as `2-10,15`; all layers where the text is None.
 

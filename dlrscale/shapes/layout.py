@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dlrscale.errors import SurgeryError
 from dlrscale.shapes import FORMS, ModelShape
@@ -187,44 +187,61 @@ def _dropouts(name: str, config: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def parameters(shape: ModelShape, parts: Layout) -> Iterator[tuple[str, int, int]]:
-    """The parameter tensors of a model: where each belongs, its numbers, and how many equal ones follow one another.
+class Tensors(NamedTuple):
+    """Equal parameter tensors in a row: the part that they belong to, elements of each, and how many there are.
+
+    `bias`: biases of linear maps, or a DLR-Net's own; those of norms count as the norm. `layer` is the decoder layer
+    that they lie in, if they do.
+    """
+
+    part: str
+    numel: int
+    count: int = 1
+    bias: bool = False
+    layer: int | None = None
+
+
+def parameters(shape: ModelShape, parts: Layout) -> Iterator[Tensors]:
+    """The parameter tensors of a model in the order of its `parameters()`.
 
     Args:
         shape: The model's shape, locked or not.
         parts: Its layout.
 
     Yields:
-        The part (`embedding`, `attention`, `norm`, `mlp` or `head`), elements, and the count. A tied head has none.
+        The tensors; parts are `embedding`, `projection`, `attention`, `norm`, `mlp` and `head`. A tied head has none.
     """
-    width = shape.width
-    yield "embedding", shape.vocabulary * parts.embedding_width, 1
+    width, opt = shape.width, shape.family.model_type == "opt"
+    final = _norm(parts, width) if parts.final_norm else []
+    yield Tensors("embedding", shape.vocabulary * parts.embedding_width)
     if parts.positions:
-        yield "embedding", parts.positions * width, 1
+        yield Tensors("embedding", parts.positions * width)
     if parts.embedding_width != width:
-        yield "embedding", parts.embedding_width * width, 2
+        yield Tensors("projection", parts.embedding_width * width, 2)
+    if opt:
+        yield from final
     for layer in range(shape.layers):
-        for part, numel in layer_tensors(shape, parts, layer):
-            yield part, numel, 1
-    if parts.final_norm:
-        yield from ((p, n, 1) for p, n in _norm(parts, width))
+        yield from layer_tensors(shape, parts, layer)
+    if not opt:
+        yield from final
     if not shape.tied:
-        yield "head", shape.vocabulary * parts.embedding_width, 1
+        yield Tensors("head", shape.vocabulary * parts.embedding_width)
     if parts.head_bias:
-        yield "head", shape.vocabulary, 1
+        yield Tensors("head", shape.vocabulary, bias=True)
 
 
-def _norm(parts: Layout, width: int) -> list[tuple[str, int]]:
+def _norm(parts: Layout, width: int) -> list[Tensors]:
     count = {RMS: 1, GEMMA: 1, LAYER: 2}[parts.norm] if parts.norm_affine else 0
-    return [("norm", width)] * count
+    return [Tensors("norm", width)] * count
 
 
 def maps(shape: ModelShape, parts: Layout, layer: int) -> Iterator[tuple[str, int, int, bool]]:
     """The linear maps of a decoder layer in order: part, inputs, outputs, and whether there is a bias."""
     width, inner = shape.width, parts.heads * parts.head_dim
-    for outputs in (parts.qkv_width,) if parts.fused else (inner, *(parts.kv_heads * parts.head_dim,) * 2):
-        yield "attention", width, outputs, parts.qkv_bias
-    yield "attention", inner, width, parts.out_bias
+    into = (parts.qkv_width,) if parts.fused else (inner, *(parts.kv_heads * parts.head_dim,) * 2)
+    attention = [("attention", width, outputs, parts.qkv_bias) for outputs in into]
+    out = ("attention", inner, width, parts.out_bias)
+    yield from (out, *attention) if shape.family.model_type == "phi3" else (*attention, out)
     if shape.ranks and layer in shape.ranks:
         gated = FORMS[shape.form].gated
         for rank in shape.ranks[layer]:
@@ -236,16 +253,23 @@ def maps(shape: ModelShape, parts: Layout, layer: int) -> Iterator[tuple[str, in
     yield "mlp", shape.inner, width, shape.mlp_bias
 
 
-def layer_tensors(shape: ModelShape, parts: Layout, layer: int) -> Iterator[tuple[str, int]]:
-    """The part and the elements of each parameter tensor of a decoder layer."""
-    for part, inputs, outputs, bias in maps(shape, parts, layer):
-        yield part, inputs * outputs
-        if bias:
-            yield part, outputs
-    if parts.qk_norm:
-        for _ in range(2 * (2 if parts.qk_norm == LAYER else 1)):
-            yield "norm", parts.head_dim
-    for _ in range(parts.norms):
-        yield from _norm(parts, shape.width)
+def layer_tensors(shape: ModelShape, parts: Layout, layer: int) -> Iterator[Tensors]:
+    """The parameter tensors of a decoder layer in the order of its `parameters()`."""
+    attention, mlp = [], []
     if shape.mlp_bias and shape.ranks and layer in shape.ranks:
-        yield "mlp", shape.width  # the DLR-Net's own
+        mlp.append(Tensors("mlp", shape.width, bias=True))  # the DLR-Net's own
+    for part, inputs, outputs, bias in maps(shape, parts, layer):
+        own = attention if part == "attention" else mlp
+        own.append(Tensors(part, inputs * outputs))
+        if bias:
+            own.append(Tensors(part, outputs, bias=True))
+    if parts.qk_norm:
+        attention += [Tensors("norm", parts.head_dim)] * (2 * (2 if parts.qk_norm == LAYER else 1))
+    norm = _norm(parts, shape.width)
+    ordered = {
+        "gpt2": (norm, attention, norm, mlp),
+        "gpt_neox": (norm, norm, attention, mlp),
+        "opt": (attention, norm, mlp, norm),
+    }.get(shape.family.model_type, (attention, mlp, *[norm] * parts.norms))
+    for group in ordered:
+        yield from (tensors._replace(layer=layer) for tensors in group)

@@ -42,11 +42,14 @@ def build(config, attention="sdpa"):
 def assert_parameters(model):
     config = model.config.to_dict()
     shape = shapes.model_shape(config)
-    found = Counter(p.numel() for p in model.parameters())
-    planned = Counter()
-    for _, numel, count in layout.parameters(shape, layout.layout(config, shape)):
-        planned[numel] += count
-    assert planned == found
+    # In their order, each with whether it is a bias (a norm's shift is the norm's) and the layer that it lies in.
+    layers = shape.family.mlp.partition("{}")[0]
+    found = [
+        (p.numel(), n.endswith("bias") and not ("norm" in n or "ln_" in n), n.startswith(layers))
+        for n, p in model.named_parameters()
+    ]
+    planned = layout.parameters(shape, layout.layout(config, shape))
+    assert [(t.numel, t.bias, t.layer is not None) for t in planned for _ in range(t.count)] == found
 
 
 @pytest.mark.parametrize(("family", "changes"), VARIANTS)

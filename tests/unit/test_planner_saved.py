@@ -18,8 +18,8 @@ from dlrscale.planner.activations import Activations
 from dlrscale.planner.forward import Pass, falls_back
 
 LENGTH, RANK = 11, 4
-KNOBS = {"rank": RANK, "alpha": 8, "dropout": 0.0}
-STRATEGIES = {"all": "full", "lora": "lora", "lora-attn": "lora-attn"}
+KNOBS = {"rank": RANK, "alpha": 8, "dropout": 0.0, "last": 1, "reduction": 4}
+STRATEGIES = {"all": "full"} | {n: n for n in ("lora", "lora-attn", "norms", "last-k", "head", "ladder")}
 
 
 def prepare(config, attention, dtype, trainable, checkpointing):
@@ -91,6 +91,28 @@ def test_saved_bytes_of_locked_models(make_model, family, form):
         assert planned.held_bytes == saved(model, batch), (dtype, trainable, checkpointing)
 
 
+@pytest.mark.parametrize("trainable", [name for name in STRATEGIES if not name.startswith("lora")])
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_trained_tensors_of_every_set(make_model, family, changes, trainable):
+    """Every tensor in its order, and whether it is trained, of base and locked model."""
+    base = make_model(family, **changes).config.to_dict()
+    for config in (base, locked_config(base, "plain", 2), locked_config(base, "gated", 3)):
+        model = prepare(config, "eager", torch.float32, trainable, "none")
+        shape = shapes.model_shape(config)
+        if trainable == "norms" and not any(p.requires_grad for p in model.parameters()):
+            continue
+        planned = planned_model.attacked(config, shape, catalogue.strategy(STRATEGIES[trainable]), KNOBS)
+        tensors = [(numel, trained) for numel, trained, count in planned.tensors() for _ in range(count)]
+        assert tensors == [(p.numel(), p.requires_grad) for p in model.parameters()]
+        by_layer = sum(planned.trained_by_layer()[1])
+        outside = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not is_in_layer(n, shape))
+        assert by_layer + outside == planned.trained
+
+
+def is_in_layer(name, shape):
+    return "side.layers." in name or shape.family.mlp.partition("{}")[0] in name
+
+
 @pytest.mark.parametrize("depth", [1, 8, 48])
 def test_saved_bytes_grow_with_the_depth(make_llama, depth):
     """A gated DLR-Net at parity keeps (K - 1) D elements per token and layer more than the MLP (memory-model.md)."""
@@ -149,7 +171,8 @@ def test_flops_are_those_of_torchs_counter(make_model, family, form, trainable):
         trainable == "all"
     ):  # with adapters, peft asks for the gradient of the embedding too where layers are checkpointed
         assert found["none"]["backward"] == found["layer"]["backward"]
-    assert found["none"]["recompute"] == 0 < found["layer"]["recompute"] < found["layer"]["forward"]
+    assert found["none"]["recompute"] == 0
+    assert 0 < found["layer"]["recompute"] < found["layer"]["forward"] or trainable == "head"  # nothing runs again
 
 
 def test_flops_of_fused_attention(make_llama):

@@ -178,6 +178,7 @@ def norm(tape: Tape, parts: Layout, x: Tensor, width: int) -> Tensor:
 
 def decoder_layer(run: Pass, layer: int) -> Layer:
     """One decoder layer: attention and MLP or DLR-Net, in the family's wiring."""
+    tape, shape, parts = run.tape(layer=layer), run.shape, run.parts
     x = tape.new(tape.tokens * shape.width, flows(run, layer), row=shape.width)
     tables = tuple(tape.new(run.length * parts.rotary, False) for _ in range(2))
     before = parts.norm_first

@@ -54,7 +54,7 @@ def measured(config, way, batch, attention, dtype, trainable="all"):
         model="", data="", out="", strategy="full", gradient=gradient, knobs=knobs, tiles=way["tiles"],
         activation_checkpointing=way["checkpointing"], activation_storage=way["storage"],
     )  # fmt: skip
-    levers = Levers(model, shapes.model_shape(config), job)
+    levers = Levers(model, shapes.model_shape(config), job, getattr(model, "side", None))
     with SavedBytes(model, mlp_parts(model, shapes.model_shape(config)), levers.storage) as counter:
         loss = loss_of(model, batch, LENGTH)
         counter.forward_done()

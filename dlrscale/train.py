@@ -284,5 +284,8 @@ class LanguageModelling:
         self.counted["memory/saved_bytes_per_token"] = self.counter.total / tokens
         self.counted["memory/saved_mlp_bytes_per_token"] = sum(self.counter.by_part.values()) / tokens
         self.seen |= described(micro) | {"saved_bytes": self.counter.total}
+        if self.counter.on_host_bytes is not None:
+            self.counted["memory/offloaded_activation_bytes_per_token"] = self.counter.on_host_bytes / tokens
+            self.seen["offloaded_activation_bytes"] = self.counter.on_host_bytes
         self.counter = None
         return nats

@@ -257,18 +257,27 @@ def transform(run_: Run, folder: Path) -> Path:
 
 
 def saved_formula(config: AttackConfig, ds_config: Mapping[str, Any], shape: shapes.ModelShape) -> dict[str, float]:
-    """Derived bytes per token saved by all MLP parts, for strategies that keep them.
+    """Derived bytes per token saved on the device by all MLP parts, for strategies that keep them.
 
-    Left out where layers are checkpointed, where adapters sit inside the MLPs, and where a dropout is on, in the
-    MLPs (its mask's size depends on the device) or before adapters that would keep the MLP's own input.
+    Plain autograd keeps what `shapes.saved_bytes` says, a reversed DLR-Net 2 D + sum(R) and D for each anchor, tiles
+    their input. Left out where layers are checkpointed or 8 bits are used, where adapters sit inside the MLPs, and
+    where a dropout is on, in the MLPs (its mask's size depends on the device) or before adapters that would keep the
+    MLP's own input.
     """
-    trainable = config.entry.trainable
+    trainable, gradient = config.entry.trainable, config.entry.gradient
     dropout = shape.dropout or (shape.shared_input and config.knobs.get("dropout"))
-    plain = config.activation_checkpointing == "none" and config.activation_storage == "device" and config.tiles == 1
-    if not plain or config.entry.gradient != "backprop" or trainable not in ("all", "lora-attn") or dropout:
+    kept_whole = config.activation_checkpointing == "none" and config.activation_storage != "int8"
+    known = gradient in ("backprop", "reverse") and trainable in ("all", "lora-attn")
+    if not kept_whole or not known or dropout:
         return {}
     size, total = DTYPE_BYTES[config.dtype], 0
-    for layer in range(shape.layers):
+    for layer in range(shape.layers) if config.activation_storage == "device" else ():
+        if config.tiles > 1:
+            total += 0 if shape.shared_input else shape.width * size
+            continue
+        if gradient == "reverse" and layer in (shape.ranks or {}):
+            total += shapes.reversed_bytes(shape, layer, size, int(config.knobs["anchor"]))
+            continue
         # DeepSpeed's linear map of ZeRO-3 keeps its input also where its weight is frozen, if a gradient passes at all.
         own = shape.family.own_maps and layer not in (shape.ranks or {})
         passed = not (shape.parallel and layer == 0)

@@ -360,6 +360,27 @@ def segment_length(form: str, width: int, ranks: Sequence[int], activation: str)
     return min(range(len(ranks), 0, -1), key=lambda length: segment_peak(form, width, ranks, activation, length))
 
 
+def reversed_bytes(shape: ModelShape, layer: int, dtype_bytes: int, anchor: int) -> int:
+    """Bytes per token that a layer's DLR-Net keeps under `reverse`: x and the codes, and in fp32 or wider d_K, anchors.
+
+    In elements 2 D + sum(R), and D more for every anchor: d before each m-th block but the first. Whether factors are
+    trained does not matter. Where the attention reads the same x, x is the attention's.
+
+    Args:
+        shape: The shape of a locked model.
+        layer: The layer.
+        dtype_bytes: Bytes of an element of the model's precision.
+        anchor: m; 0: no anchors.
+
+    Returns:
+        Bytes.
+    """
+    ranks = shape.ranks[layer]
+    streams = 1 + (len(range(anchor, len(ranks), anchor)) if anchor else 0)
+    inputs = 0 if shape.shared_input else shape.width
+    return (inputs + sum(ranks)) * dtype_bytes + streams * shape.width * max(dtype_bytes, 4)
+
+
 def saved_bytes(shape: ModelShape, layer: int, dtype_bytes: int, trainable: bool = True) -> int:
     """Bytes per token saved for the MLP part of one layer, base MLP or DLR-Net, without a dropout's mask.
 

@@ -12,7 +12,7 @@ from dlrscale import catalogue, shapes
 from dlrscale.errors import ConfigError
 from dlrscale.planner.tape import Training
 from dlrscale.shapes import ModelShape
-from dlrscale.shapes.layout import Layout, layer_tensors, layout, maps, parameters
+from dlrscale.shapes.layout import Layout, Tensors, layer_tensors, layout, maps, outer_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,25 @@ class Model:
 
     def tensors(self) -> Iterator[tuple[int, bool, int]]:
         """Its parameter tensors: elements, whether trained, and how many equal ones follow one another."""
-        for t in parameters(self.shape, self.parts):
-            yield t.numel, self.training.has(t.part, t.bias, t.layer), t.count
-        yield from self._adapters()
-        if self.training.side:
-            yield from self._side()
+        yield from self._tensors
+
+    @cached_property
+    def _tensors(self) -> list[tuple[int, bool, int]]:
+        training, ranks = self.training, self.shape.ranks or {}
+        before, after = ([(t.numel, training.has(t.part, t.bias), t.count) for t in some] for some in self._outer)
+        known: dict[object, list[tuple[int, bool, int]]] = {}
+        for layer in range(self.shape.layers):
+            key = ranks.get(layer), layer >= training.first
+            if key not in known:
+                own = layer_tensors(self.shape, self.parts, layer)
+                known[key] = [(t.numel, training.has(t.part, t.bias, layer), t.count) for t in own]
+            before += known[key]
+        side = self._side() if training.side else ()
+        return [*before, *after, *self._adapters(), *side]
+
+    @cached_property
+    def _outer(self) -> tuple[list[Tensors], list[Tensors]]:
+        return outer_tensors(self.shape, self.parts)
 
     def _adapters(self) -> Iterator[tuple[int, bool, int]]:
         training, shape = self.training, self.shape
@@ -89,7 +103,7 @@ class Model:
 
     def outside(self, part: str) -> int:
         """Trained elements of a part outside of the decoder layers."""
-        found = (t for t in parameters(self.shape, self.parts) if t.layer is None and t.part == part)
+        found = (t for some in self._outer for t in some if t.part == part)
         return sum(t.numel * t.count for t in found if self.training.has(t.part, t.bias))
 
 

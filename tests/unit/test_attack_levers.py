@@ -90,7 +90,7 @@ def test_eight_bits_are_near_and_unbiased(make_model, form):
 def test_eight_bit_codes():
     """E[s q / 127] is the row; the largest of a row keeps its value."""
     rows = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-3], [1.0], [50.0]])
-    storage = act_int8.Storage([])
+    storage = act_int8.Storage(torch.nn.Module(), [])
     again = torch.stack([storage.give(storage.keep(rows)) for _ in range(2000)])
     step = rows.abs().amax(1, keepdim=True) / 127
     assert ((again - rows).abs() <= 1.0001 * step).all()

@@ -10,7 +10,8 @@ from dlrscale.errors import ConfigError
 
 NAMES = (
     "full", "full-offload", "ckpt-layer", "ckpt-nested", "ckpt-offload", "act-offload", "act-int8", "tile-tokens",
-    "reverse", "lora", "lora-attn", "flatten", "norms", "last-k", "head", "ladder", "undistil", "drop-blocks",
+    "reverse", "lora", "lora-attn", "flatten", "undistil", "drop-blocks", "norms", "last-k",
+    "head", "ladder",
 )  # fmt: skip
 
 

@@ -96,6 +96,13 @@ class Plan:
             "saved tensors": kept.held_bytes,
             "logits and loss": workspace.loss_forward_bytes(kept.run),
         }
+        if self.model.training.first or self.model.training.side:  # layers that keep nothing take their room in passing
+            inside = {
+                "saved tensors": kept.stream_held_bytes if self.model.training.side else 0,
+                "inside a layer": max(workspace.passing_bytes(kept.run, i) for i in {0, self.model.shape.layers - 1}),
+            }
+            passing = states_in(self.states, FORWARD) | inside
+            forward_pass = max(forward_pass, passing, key=lambda terms: sum(terms.values()))
         return Needs(
             states=self.states,
             phases={FORWARD: forward_pass, BACKWARD: self._backward(), STEP: states_in(self.states, STEP)},
@@ -123,7 +130,7 @@ class Plan:
 
         model = self.model
         done = model.outside("head") + (model.outside("embedding") if model.shape.tied else 0)
-        done += model.training.side * model.parts.embedding_width
+        done += model.training.side * model.shape.width
         at_loss = moment(0, kept.held_bytes, "logits and loss", workspace.loss_backward_bytes(kept.run))
         moments = [at_loss | dict.fromkeys(("backward", *(["buckets"] if asked_for else [])), 0)]
         of_mlp, of_layer = self.model.trained_by_layer()

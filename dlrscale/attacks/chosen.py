@@ -28,6 +28,18 @@ def decoder_layers(model: PreTrainedModel, shape: ModelShape) -> nn.ModuleList:
     return model.get_submodule(shape.family.mlp.partition(".{}")[0])
 
 
+def final_norms(model: PreTrainedModel, shape: ModelShape) -> list[nn.Module]:
+    """The norm behind the last layer, if there is one."""
+    return [child for child in backbone(model, shape).children() if is_norm(child)]
+
+
+def behind_layers(model: PreTrainedModel, shape: ModelShape) -> tuple[nn.Module, ...]:
+    """What a model's stream goes through behind its last layer, in order, the LM head at the end."""
+    projection = getattr(backbone(model, shape), "project_out", None)  # of some OPTs
+    found = (*final_norms(model, shape), projection, model.get_output_embeddings())
+    return tuple(module for module in found if module is not None)
+
+
 def freeze(model: PreTrainedModel) -> None:
     """Freeze all parameters, and let no gradient flow that nobody needs.
 

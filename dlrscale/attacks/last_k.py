@@ -34,8 +34,7 @@ def choose(model: PreTrainedModel, shape: ModelShape, knobs: dict[str, float]) -
     layers, first = chosen.decoder_layers(model, shape), shape.layers - int(knobs["last"])
     chosen.freeze(model)
     chosen.not_checkpointed(layers[:first])
-    finals = [child for child in chosen.backbone(model, shape).children() if chosen.is_norm(child)]
-    for module in (*layers[first:], *finals):
+    for module in (*layers[first:], *chosen.final_norms(model, shape)):
         module.requires_grad_(True)
     return model
 

@@ -141,13 +141,15 @@ def head(run: Pass) -> Tape:
     """Final norm, language-model head and loss (evaluate.cross_entropy_sum), on the stream behind the last layer."""
     tape, parts, shape = run.tape("norm"), run.parts, run.shape
     x = tape.new(tape.tokens * shape.width, flows(run, shape.layers), row=shape.width)
+    if run.training.side:
+        x = tape.add(x, side_update(tape, run))
     if parts.final_norm:
         x = norm(tape, parts, x, shape.width)
     if parts.embedding_width != shape.width:
         tape.part = "projection"
+        if run.training.side:  # the frozen model has gone through it too
+            tape.product(tape.tokens * shape.width * parts.embedding_width, False, False)
         x = tape.linear(x, shape.width, parts.embedding_width)
-    if run.training.side:
-        x = tape.add(x, side_update(tape, run))
     tape.part = "head"
     tape.linear(x, parts.embedding_width, shape.vocabulary, bias=parts.head_bias)
     tape.part = "loss"
@@ -231,10 +233,10 @@ def side_layer(run: Pass) -> Layer:
 
 
 def side_update(tape: Tape, run: Pass) -> Tensor:
-    """What a side network adds to the last hidden state: U n(s_N)."""
+    """What a side network adds to the last layer's output: U n(s_N)."""
     tape.part = "side"
     last = tape.new(tape.tokens * run.training.side, True, row=run.training.side)
-    return tape.linear(rms_divided(tape, last), run.training.side, run.parts.embedding_width)
+    return tape.linear(rms_divided(tape, last), run.training.side, run.shape.width)
 
 
 def mlp(tape: Tape, run: Pass, x: Tensor, layer: int) -> Tensor:

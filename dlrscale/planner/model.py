@@ -65,7 +65,7 @@ class Model:
         for _ in range(self.shape.layers):
             for numel in side_layer_tensors(width, side):
                 yield numel, True, 1
-        yield side * self.parts.embedding_width, True, 1
+        yield side * width, True, 1
 
     @cached_property
     def total(self) -> int:

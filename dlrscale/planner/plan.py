@@ -126,6 +126,13 @@ class Plan:
             "logits and loss": workspace.loss_forward_bytes(kept.run),
         }
         kept_on_host = Term(host=kept.host_bytes, during=(BACKWARD,))
+        if self.model.training.first or self.model.training.side:  # layers that keep nothing take their room in passing
+            inside = {
+                "saved tensors": kept.stream_held_bytes if self.model.training.side else 0,
+                "inside a layer": max(workspace.passing_bytes(kept.run, i) for i in {0, self.model.shape.layers - 1}),
+            }
+            passing = states_in(self.states, FORWARD) | inside
+            forward_pass = max(forward_pass, passing, key=lambda terms: sum(terms.values()))
         return Needs(
             states=self.states | ({"activations": kept_on_host} if kept.host_bytes else {}),
             phases={FORWARD: forward_pass, BACKWARD: self._backward(), STEP: states_in(self.states, STEP)},
@@ -154,7 +161,7 @@ class Plan:
 
         model = self.model
         done = model.outside("head") + (model.outside("embedding") if model.shape.tied else 0)
-        done += model.training.side * model.parts.embedding_width
+        done += model.training.side * model.shape.width
         at_loss = moment(0, kept.held_bytes, "logits and loss", workspace.loss_backward_bytes(kept.run))
         moments = [at_loss | dict.fromkeys(("backward", *(["buckets"] if asked_for else [])), 0)]
         of_mlp, of_layer = self.model.trained_by_layer()

@@ -107,6 +107,22 @@ def attention_bytes(kept: Activations) -> int:
     return tokens + pairs
 
 
+def passing_bytes(run: Pass, layer: int) -> int:
+    """What lives at once in the forward of a layer that keeps nothing: the stream and what its MLP or attention makes.
+
+    The stream, its norm, and of an MLP the activation, up and the product; of a DLR-Net x, d, u and a block's output,
+    and inside the block the same; of the attention q, k, v and the output.
+    """
+    shape, parts = run.shape, run.parts
+    form = FORMS[shape.form] if shape.ranks and layer in shape.ranks else None
+    inner = max(shape.ranks[layer]) if form else shape.inner
+    gated = form.gated if form else shape.family.gated
+    mlp = (3 if gated else 2) * inner + (3 if form else 0) * shape.width
+    heads = 2 * (parts.heads + parts.kv_heads) * parts.head_dim
+    pairs = 2 * parts.heads * run.length * (run.attention == "eager")
+    return run.batch * run.length * (2 * shape.width + max(mlp, heads + pairs)) * run.size
+
+
 def side_bytes(kept: Activations) -> int:
     """Beside what is saved, at the highest moment of the backward of a side network's layer, in its MLP.
 

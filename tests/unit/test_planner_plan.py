@@ -110,7 +110,32 @@ def test_peak_of_forward_and_backward_against_live_tensors(make_llama, depth, wi
         assert abs(off) < (0.08 if trainable == "lora" and depth in (1, 4) else 0.03)
 
 
-@pytest.mark.parametrize("strategy", ["full", "ckpt-layer", "lora"])
+@pytest.mark.parametrize("depth", [0, 8])
+@pytest.mark.parametrize("trainable", ["norms", "last-k", "head", "ladder"])
+def test_peak_of_small_trainable_sets_against_live_tensors(make_llama, trainable, depth):
+    """Also where most layers keep nothing: the peak may then be in forward, inside a layer."""
+    for width, vocabulary, checkpointing in itertools.product((64, 256), (264, 2048), ("none", "layer")):
+        wide = {"hidden_size": width, "intermediate_size": width * 11 // 4, "num_hidden_layers": 3}
+        config = make_llama(**(wide | {"vocab_size": vocabulary, "max_position_embeddings": 128})).config.to_dict()
+        config = locked_config(config, "gated", depth) if depth else config
+        model = prepare(config, "sdpa", torch.float32, trainable, checkpointing)
+        with Live([*model.parameters(), *model.buffers()]) as live:
+            loss_of(model, 2, 128).backward()
+        plan = attack_plan(config, STRATEGIES[trainable], dtype="fp32", checkpointing=checkpointing, micro_batch=2,
+                           seq_len=128, device="cpu")  # fmt: skip
+        gradients = plan.states["gradients"]
+        plan.__dict__["states"] = dict.fromkeys(plan.states, states.Term()) | {"gradients": gradients}
+        planned = max(plan.needs.peaks[phase] for phase in (states.FORWARD, states.BACKWARD))
+        off = planned / live.peak - 1
+        print(
+            f"D {width}, K {depth}, V {vocabulary}, {trainable}, {checkpointing}: {off:+.2%}",
+            plan.needs.device_terms,
+            live.peak,
+        )
+        assert abs(off) < 0.1
+
+
+@pytest.mark.parametrize("strategy", ["full", "ckpt-layer", "lora", "norms", "last-k", "head", "ladder"])
 def test_terms_add_up_to_the_peak(make_llama, strategy):
     plan = attack_plan(make_llama().config.to_dict(), strategy, stage=2, num_ranks=2)
     needs = plan.needs

@@ -103,8 +103,9 @@ def attack_many(configs: Sequence[AttackConfig], wanted: Wanted, dry_run: bool =
             failures.append(str(error))
         if config is not configs[-1]:
             base = side.as_base()
-            target = base["target"] if base["target"] is not None else None
-            wanted = dataclasses.replace(wanted, target=None if target is None else Target(loss=target))
+            if wanted.target is not None and wanted.target.margin is not None:
+                known = base["target"] is not None  # not where no run of the base ended
+                wanted = dataclasses.replace(wanted, target=Target(loss=base["target"]) if known else None)
     if failures:
         raise JobError("\n".join(failures))
     return records

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dlrscale import attacks, export, models, shapes
+from dlrscale import attacks, catalogue, export, models, shapes
 from dlrscale.attacks.levers import Levers, mlp_parts
 from dlrscale.config import AttackConfig
 from dlrscale.engine import Engine
@@ -54,7 +55,7 @@ def attack(run_: Run) -> None:
             found[f"loss/heldout_base{suffix}"] = loss(corpora.heldout_base)
         return found
 
-    objective = LanguageModelling(SavedBytes(ds.module, mlp_parts(ds.module, shape), levers.storage))
+    objective = make_objective(config, SavedBytes(ds.module, mlp_parts(ds.module, shape), levers.storage))
     batches = make_batches(config, corpora, ds.rank, ds.world_size)
     loop = Loop(
         config=config,
@@ -86,6 +87,18 @@ def attack(run_: Run) -> None:
     compare(run_, objective.seen)
     with run_.phases.phase("save"):
         save(run_, ds, model, folder, tokenizer)
+
+
+def make_objective(config: AttackConfig, counter: SavedBytes | None = None) -> Any:
+    """What a step of the strategy does: the loop's own, or that of a gradient method that updates by itself."""
+    own = gradient_file(config)
+    return own.objective(config, counter) if hasattr(own, "objective") else LanguageModelling(counter)
+
+
+def gradient_file(config: AttackConfig) -> ModuleType | None:
+    """The file of the strategy's gradient method; None for plain backpropagation."""
+    name = config.entry.gradient
+    return None if name == catalogue.AXES["gradient"] else attacks.find(name)
 
 
 def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None, alone: bool = False) -> None:
@@ -185,7 +198,8 @@ def saved_formula(config: AttackConfig, ds_config: Mapping[str, Any], shape: sha
     trainable = config.entry.trainable
     dropout = shape.dropout or (shape.shared_input and config.knobs.get("dropout"))
     plain = config.activation_checkpointing == "none" and config.activation_storage == "device" and config.tiles == 1
-    if not plain or config.entry.gradient != "backprop" or trainable not in ("all", "lora-attn") or dropout:
+    whole = config.entry.gradient in ("backprop", "lomo")
+    if not plain or not whole or trainable not in ("all", "lora-attn") or dropout:
         return {}
     size, total = DTYPE_BYTES[config.dtype], 0
     for layer in range(shape.layers):

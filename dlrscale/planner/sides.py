@@ -111,6 +111,7 @@ def attack_plans(question: Question) -> dict[str, Plan]:
     return {
         side: Plan(
             model=attacked(question.config, shape, question.entry, question.knobs),
+            gradient=question.entry.gradient,
             checkpointing=question.levers.activation_checkpointing or "none",
             **question.setup,
         )

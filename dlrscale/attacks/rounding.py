@@ -87,6 +87,10 @@ def add(target: torch.Tensor, change: torch.Tensor, scale: float, piece: Piece, 
         return
     total = target.to(change.device, torch.float32, copy=True).add_(change, alpha=scale)
     noise = torch.randint(1 << dropped, (piece.size,), generator=source, device=source.device, dtype=torch.int32)
+    noise = piece.cut(noise)
+    if target.dtype == torch.float16:  # below its smallest normal number, the numbers it has are 2^-24 apart
+        even = (total.abs() * 2.0**24 + noise / 2.0**dropped).floor_().mul_(2.0**-24).copysign_(total)
+        tiny = total.abs() < torch.finfo(torch.float16).tiny
     bits = total.view(torch.int32)
-    bits.add_(piece.cut(noise)).bitwise_and_(-1 << dropped)
-    target.copy_(total)
+    bits.add_(noise).bitwise_and_(-1 << dropped)
+    target.copy_(torch.where(tiny, even, total) if target.dtype == torch.float16 else total)

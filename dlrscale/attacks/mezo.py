@@ -154,8 +154,8 @@ class Mezo:
             own, first, numel = engine.share(parameter)
             for piece in rounding.pieces(numel, first, own.numel()):
                 source = rounding.generator(engine.device, self.seed, step, index, piece.number)
-                z = rounding.normal(piece, source)
-                rounding.add(own[piece.first - first : piece.last - first], z, -scale, piece, source)
+                part = own[piece.first - first : piece.last - first]
+                rounding.add(part, rounding.normal(piece, source), -scale, piece, source)
         engine.drop_gathered()
 
 
@@ -181,6 +181,6 @@ def moved(weight: torch.Tensor, seed: int, step: int, index: int, scale: float) 
     flat, into = weight.reshape(-1), found.view(-1)
     for piece in rounding.pieces(flat.numel()):
         z = rounding.normal(piece, rounding.generator(weight.device, seed, step, index, piece.number))
-        part = flat[piece.first : piece.last]
-        into[piece.first : piece.last] = part.to(torch.promote_types(part.dtype, torch.float32)).add(z, alpha=scale)
+        into[piece.first : piece.last] = z.mul_(scale).add_(flat[piece.first : piece.last])
+        del z  # before the next one is made
     return found

@@ -51,7 +51,7 @@ def pieces(numel: int, first: int = 0, count: int | None = None) -> Iterator[Pie
         The pieces in order.
     """
     last = numel if count is None else first + count
-    for start in range(first // PIECE * PIECE, last, PIECE):
+    for start in range(first // PIECE * PIECE, last if first < last else 0, PIECE):
         size = min(PIECE, numel - start)
         yield Piece(start // PIECE, start, size, max(first, start), min(last, start + size))
 

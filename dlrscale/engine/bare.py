@@ -82,7 +82,8 @@ def load(engine: Engine, folder: Path, ranks: int) -> dict[str, Any]:
     """
     import torch
 
-    if engine.stage < 3 or ranks == engine.world_size:
+    same = engine.stage < 3 or ranks == engine.world_size
+    if same:
         files = [_file(folder, engine.rank if engine.stage == 3 else 0)]
     else:
         files = [_file(folder, rank) for rank in range(ranks)]
@@ -91,7 +92,6 @@ def load(engine: Engine, folder: Path, ranks: int) -> dict[str, Any]:
         for name, parameter in engine.trained:
             own, first, _ = share(engine, parameter)
             parts = [held["shares"][name] for held in read]
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts)[first : first + own.numel()]
-            own.copy_(whole)
+            own.copy_(parts[0] if same else torch.cat(parts)[first : first + own.numel()])
     drop_gathered(engine)
     return read[0]["state"]

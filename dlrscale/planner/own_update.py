@@ -4,7 +4,7 @@ Model states are the weights alone, whole at stage 0 and cut at stage 3. c is th
 trained tensor, for which random numbers are made at once (attacks/rounding.py).
 
 - mezo: no gradients, nothing saved, two forwards. While a module runs, its weights stand there twice (`moved`, e times
-  the largest trained tensor), and of a piece z and the sum are there in fp32 while they are made, 8 c.
+  the largest trained tensor), and while they are made a piece of them in fp32, 4 c.
 - lomo: `backward` is one parameter's gradient, e times the largest. With a tied embedding that is trained, the head's
   gradient waits for the embedding's through all of backward (plan.py).
 - Updates of a piece: in fp32 4 c; in 16 bits the change, the sum and the noise of the rounding, 12 c.
@@ -59,7 +59,7 @@ def update_bytes(largest: int, size: int) -> int:
 
 def moved_bytes(largest: int, size: int) -> int:
     """What stands beside the weights while a module runs with moved ones."""
-    return size * largest + 8 * min(largest, PIECE)
+    return size * largest + 4 * min(largest, PIECE)
 
 
 def forward_bytes(run: Pass) -> int:

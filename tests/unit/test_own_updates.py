@@ -183,16 +183,17 @@ def test_mezo_has_no_second_copy_of_the_weights(make_llama, step_batch, dtype):
     batch = batch_of(step_batch)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     largest = max(p.numel() for p in model.parameters())
+    (micro,) = batch.micro_batches
     with torch.no_grad(), LiveBytes() as live:
         before = live.now
         with live.phase("plain"):
-            loss_of(model, batch)
+            mezo._loss(Bare(model, 0.0), micro)
     plain = live.peaks["plain"] - before
     with LiveBytes() as live:
         before = live.now
         mezo.Mezo(0, 1e-3)(Bare(model, 1e-6), batch, live)
     size = model.lm_head.weight.element_size()
-    assert live.peaks["forward"] - before <= plain + size * largest + 8 * largest + 4096
+    assert live.peaks["forward"] - before <= plain + size * largest + 4 * largest + 4096
     assert live.peaks["optimizer"] - before <= (4 if size == 4 else 12) * largest + 4096
     assert max(live.peaks.values()) - before < weights / 2
 
@@ -239,7 +240,8 @@ def test_lomo_clips_elements_and_reports_the_norm_before(make_llama, step_batch)
 def test_lomo_keeps_one_gradient_at_a_time(make_llama, step_batch):
     """Against plain autograd of the same model, whose gradients are all there at the end."""
     model = make_llama(num_hidden_layers=8, hidden_size=128, intermediate_size=512, vocab_size=264).train()
-    batch, grown = batch_of(step_batch), {}
+    batch, grown, objective = batch_of(step_batch), {}, lomo.Lomo(0, 0.0, SavedBytes(model))
+    objective(Bare(model, 0.0), batch, SILENT)
     total = sum(p.numel() * 4 for p in model.parameters())
     largest = 4 * max(p.numel() for p in model.parameters())
     for name in ("plain", "lomo"):
@@ -249,12 +251,12 @@ def test_lomo_keeps_one_gradient_at_a_time(make_llama, step_batch):
                 with live.phase("backward"):
                     loss_of(model, batch).backward()
             else:
-                lomo.Lomo(0, 0.0)(Bare(model, 1e-3), batch, live)
+                objective(Bare(model, 1e-3), batch, live)
         grown[name] = live.peaks["backward"] - before
         model.zero_grad(set_to_none=True)
     assert grown["plain"] >= total
-    # The activations of a forward stand beside the first gradients; of those, at most two are there at once.
-    assert grown["lomo"] <= grown["plain"] - total + 4 * largest
+    # All that is saved stands beside the first gradients; of these, and of those inside a layer, few are there at once.
+    assert grown["lomo"] <= objective.seen["saved_bytes"] + 2 * largest
     assert grown["lomo"] < total / 2
 
 
@@ -267,7 +269,7 @@ def test_what_lomo_cannot_do_is_refused():
 
 
 def test_mezo_learns_on_a_locked_model(llama_folder, make_locked, step_batch):
-    """Forty steps on one batch of a locked model in bf16 and fp32: the loss falls, in bf16 too."""
+    """Sixty steps on one batch of a locked model in bf16 and fp32: the loss falls, in bf16 too."""
     from dlrscale import models
 
     folder = make_locked(llama_folder, name="locked-mezo")
@@ -277,6 +279,6 @@ def test_mezo_learns_on_a_locked_model(llama_folder, make_locked, step_batch):
         rows = []
         for number in range(60):
             batch.number = number
-            rows.append(objective(Bare(model, 2e-5), batch, Phases(CPU))["loss/train"])
+            rows.append(objective(Bare(model, 1e-4), batch, Phases(CPU))["loss/train"])
         assert all(map(math.isfinite, rows))
         assert sum(rows[-5:]) / 5 < rows[0] - 0.05, dtype

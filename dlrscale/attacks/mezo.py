@@ -58,9 +58,8 @@ class Mezo:
         counter: Counts the bytes saved for backward in the first forward, which must be none.
     """
 
-    goes_backward = False
-
     def __init__(self, seed: int, eps: float, counter: SavedBytes | None = None):
+        self.goes_backward = False
         self.seed, self.eps, self.counter = seed, eps, counter
         self.counted: dict[str, float] = {}
         self.seen: dict[str, Any] = {}

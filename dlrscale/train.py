@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -30,10 +30,21 @@ class Diverged(Exception):
 
 
 class Objective(Protocol):
-    """What one optimizer step does: forward, backward and update over all micro-batches of a batch."""
+    """What one optimizer step does: forward, backward and update over all micro-batches of a batch.
+
+    One that never goes backward says so by `goes_backward = False`: no gradient is looked for then.
+    """
 
     def __call__(self, engine: Engine, batch: StepBatch, phases: Phases) -> dict[str, float]:
         """Do the step; returns `loss/train` (the mean over the step's tokens of all ranks) and other metrics."""
+
+
+class Counting(Protocol):
+    """An objective that tells what it has seen; `counted` and `seen` as in `LanguageModelling`."""
+
+    counter: SavedBytes | None
+    counted: dict[str, float]
+    seen: dict[str, Any]
 
 
 class Sink(Protocol):
@@ -144,7 +155,7 @@ class Loop:
         first = done
         while done < last:
             step = done + 1
-            with self.engine.every_gradient() if done == first else nullcontext():
+            with self.first_step(stage) if done == first else nullcontext():
                 row = self.step(stage, done)
             fault = not_finite(row, self.config.dtype)
             if fault is not None:
@@ -169,6 +180,10 @@ class Loop:
         losses = [row[HELDOUT] for row in self.rows if HELDOUT in row]
         limit = self.stop_above[len(losses) - 1] if len(losses) <= len(self.stop_above) else None
         return self.engine.gather(limit is not None and min(losses) > limit)[0]
+
+    def first_step(self, stage: Stage) -> AbstractContextManager:
+        """What is checked while the first step runs: that a gradient reaches all, if there is to be any."""
+        return self.engine.every_gradient() if getattr(stage.objective, "goes_backward", True) else nullcontext()
 
     def step(self, stage: Stage, done: int) -> dict[str, Any]:
         """Do one step; returns its row."""
@@ -276,16 +291,32 @@ class LanguageModelling:
             ).logits
             return cross_entropy_sum(logits, micro["labels"])[0]
 
-        if self.counter is None:
-            return loss()
-        with self.counter:
-            nats = loss()
-        tokens = micro["input_ids"].numel()
-        self.counted["memory/saved_bytes_per_token"] = self.counter.total / tokens
-        self.counted["memory/saved_mlp_bytes_per_token"] = sum(self.counter.by_part.values()) / tokens
-        self.seen |= described(micro) | {"saved_bytes": self.counter.total}
-        if self.counter.on_host_bytes is not None:
-            self.counted["memory/offloaded_activation_bytes_per_token"] = self.counter.on_host_bytes / tokens
-            self.seen["offloaded_activation_bytes"] = self.counter.on_host_bytes
-        self.counter = None
-        return nats
+        return counted_forward(self, loss, micro)
+
+
+def counted_forward(
+    objective: Counting, loss: Callable[[], torch.Tensor], micro: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """A forward to the loss; the first one of an objective is counted.
+
+    Args:
+        objective: Whose counter, which is then taken from it, and whose findings.
+        loss: The forward.
+        micro: Its micro-batch.
+
+    Returns:
+        What `loss` returns.
+    """
+    if objective.counter is None:
+        return loss()
+    counter, objective.counter = objective.counter, None
+    with counter:
+        nats = loss()
+    tokens = micro["input_ids"].numel()
+    objective.counted["memory/saved_bytes_per_token"] = counter.total / tokens
+    objective.counted["memory/saved_mlp_bytes_per_token"] = sum(counter.by_part.values()) / tokens
+    objective.seen |= described(micro) | {"saved_bytes": counter.total}
+    if counter.on_host_bytes is not None:
+        objective.counted["memory/offloaded_activation_bytes_per_token"] = counter.on_host_bytes / tokens
+        objective.seen["offloaded_activation_bytes"] = counter.on_host_bytes
+    return nats

@@ -123,6 +123,7 @@ def combined(
     method, levers, fixed = bringing["gradient"], asdict(row.levers), row.fixed
     if method is not None and method is not row:
         levers |= {lever: getattr(method.levers, lever) for lever in method.fixed}
+        levers["zero"] = method.levers.zero if levers["zero"] is None else levers["zero"]
         fixed = tuple(dict.fromkeys((*fixed, *method.fixed)))
     return replace(
         row,

@@ -168,6 +168,11 @@ class Strategy:
         for layer in (self.levers, by_hand):
             merged = replace(merged, **{k: v for k, v in asdict(layer).items() if v is not None})
         faults += lever_faults(merged)
+        if merged.optimizer == "none" and "optimizer" not in self.fixed:
+            faults.append(
+                f"--optimizer none: nothing would update the weights with --gradient {self.gradient}. Leave it out, or "
+                "take a gradient method that updates by itself (mezo, lomo)."
+            )
         if merged.zero not in self.stages:
             faults.append(
                 f"--zero {merged.zero}: {self.why_not} Take --zero {' or '.join(map(str, self.stages))} with "

@@ -21,6 +21,11 @@ _LORA_KNOBS = (
     Knob(name="dropout", default=0.0, low=0.0, high=0.99, text="dropout on the adapters' input", search=(0.0, 0.2)),
 )
 
+# Of gradient methods that update by themselves.
+_NO_STATES = "stages 1 and 2 cut gradients and optimizer states over ranks, and this method has none."
+_FORWARD_ONLY = Levers(zero=0, activation_checkpointing="none", activation_storage="device", tiles=1, optimizer="none")
+_FORWARD_ONLY_FIXED = ("activation_checkpointing", "activation_storage", "tiles", "optimizer")
+
 ROWS: tuple[Strategy, ...] = (
     Strategy(
         name="full",
@@ -233,5 +238,64 @@ ROWS: tuple[Strategy, ...] = (
         trainable="ladder",
         trains=Trains(parts=frozenset(), side="reduction", merges=False),
         knobs=(Knob(name="reduction", default=8, low=1, high=65536, text="the model's width over the side's"),),
+    ),
+    Strategy(
+        name="mezo",
+        idea="SGD along one random direction per step, from two forward passes; keeps nothing but the weights; inexact",
+        source="MeZO, Malladi et al., arXiv 2305.17333; SPSA, Spall 1992",
+        saved="nothing",
+        cost="2 forwards, no backward, and 3 times as many random numbers as trained parameters",
+        gradient="mezo",
+        levers=_FORWARD_ONLY,
+        fixed=_FORWARD_ONLY_FIXED,
+        exact=False,
+        stages=(0, 3),
+        why_not=_NO_STATES,
+        knobs=(
+            Knob(
+                name="eps",
+                default=1e-3,
+                low=1e-8,
+                high=1.0,
+                text="how far the weights are moved for the two passes",
+                search=(1e-4, 1e-2),
+                log=True,
+            ),
+        ),
+    ),
+    Strategy(
+        name="mezo-lora",
+        idea="mezo on low-rank adapters of all linear maps alone; inexact",
+        source="MeZO, Malladi et al., arXiv 2305.17333; Hu et al., arXiv 2106.09685",
+        saved="nothing",
+        cost="2 forwards, no backward",
+        trainable="lora",
+        gradient="mezo",
+        levers=_FORWARD_ONLY,
+        fixed=_FORWARD_ONLY_FIXED,
+        exact=False,
+        stages=(0, 3),
+        why_not=_NO_STATES,
+    ),
+    Strategy(
+        name="lomo",
+        idea="SGD that updates each weight inside backward as soon as its gradient is whole, and keeps no other",
+        source="LOMO, Lv et al., arXiv 2306.09782",
+        saved="as ckpt-layer; one parameter's gradient at a time",
+        cost="2 forwards, 1 backward",
+        gradient="lomo",
+        levers=Levers(zero=0, optimizer="none"),
+        fixed=("optimizer",),
+        stages=(0, 3),
+        why_not=_NO_STATES,
+        knobs=(
+            Knob(
+                name="clip",
+                default=0.0,
+                low=0.0,
+                high=1e6,
+                text="largest absolute value of a gradient's element; 0: any",
+            ),
+        ),
     ),
 )

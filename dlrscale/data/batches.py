@@ -36,12 +36,14 @@ class StepBatch:
         label_tokens: Predicted labels of the step over all ranks and micro-batches: the loss's divisor.
         tokens: Real tokens of the step, over all ranks and micro-batches.
         processed_tokens: The same with padding.
+        number: Which step it is, from 0.
     """
 
     micro_batches: list[dict[str, torch.Tensor]]
     label_tokens: int
     tokens: int
     processed_tokens: int
+    number: int = 0
 
 
 class Batches:
@@ -98,6 +100,7 @@ class Batches:
             label_tokens=int(self._label_tokens[items].sum()),
             tokens=int(lengths.sum()),
             processed_tokens=int(lengths.max(axis=-1).sum()) * self.micro_batch,
+            number=k,
         )
 
 

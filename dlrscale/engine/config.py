@@ -15,6 +15,8 @@ ADAM = {"betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
 # What only the command line or the run decides; a DeepSpeed file need not hold it.
 RUN_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
+OF_THE_OPTIMIZER = ("optimizer", "scheduler", "gradient_clipping", "torch_autocast", "data_types")
+
 
 def lever_config(
     zero: int, offload_optimizer: bool, offload_param: bool, optimizer_type: str = "AdamW"
@@ -269,6 +271,20 @@ def merge(config: RunConfig) -> dict[str, Any]:
             if faults:
                 raise ConfigError([f"--optimizer {config.optimizer}:", *faults])
         merged = without_auto(own)
+    if config.optimizer == "none":
+        faults = [
+            f"{key} in {config.deepspeed_config}: the strategy updates by itself, without DeepSpeed's optimizer, and "
+            f"{key} would be without effect. Take it out."
+            for key in OF_THE_OPTIMIZER
+            if key in merged
+        ]
+        if (merged.get("zero_optimization", {}).get("offload_param") or {}).get("device") == "nvme":
+            faults.append(
+                f"zero_optimization.offload_param.device nvme in {config.deepspeed_config}: the strategy updates "
+                "weights by itself, where they lie. Take cpu."
+            )
+        if faults:
+            raise ConfigError(faults)
     for key in RUN_KEYS:
         merged.pop(key, None)
     merged["train_micro_batch_size_per_gpu"] = config.micro_batch

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dlrscale import record
+from dlrscale.engine import bare
 from dlrscale.engine.checkpoints import WHOLE, Checkpoint, Layout, checkpoints, convert, files_of, read_whole, sha256
 from dlrscale.engine.config import file_levers
 from dlrscale.engine.devices import barrier
@@ -28,6 +29,10 @@ NOT_TOLD = ("params", "lr", "step")  # of an optimizer's group: what is no setti
 
 class Engine:
     """A DeepSpeed engine on one model, with the few verbs that the training loop needs.
+
+    Where the configuration has no optimizer, the gradient method updates by itself: it writes into the `share` of each
+    trained parameter and calls `drop_gathered` after it; `step` is not for it, nor a forward through `ds` that is
+    followed by a backward (`module` is).
 
     Args:
         model: The model; its weights must be final, since the fp32 masters are copied here.
@@ -56,7 +61,9 @@ class Engine:
         self.layout = Layout(self.world_size, self.stage)
         self._trained = {id(p) for p in trainable}
         passed = json.loads(json.dumps(ds_config))
-        if checkpoint is not None and self.layout.reads(checkpoint.written) == "universal":
+        self.updates = "optimizer" in passed
+        self._lr = 0.0
+        if self.updates and checkpoint is not None and self.layout.reads(checkpoint.written) == "universal":
             passed["checkpoint"] = passed.get("checkpoint", {}) | {"load_universal": True}
         # A bf16 engine casts buffers too; those that the model keeps in fp32 (rotary frequencies) must stay so.
         kept = {name: b.clone() for name, b in model.named_buffers() if b.dtype.is_floating_point and b.numel() > 1}
@@ -66,11 +73,13 @@ class Engine:
         decay = parameters.get("weight_decay") if self.stage == 0 else None
         if decay:
             parameters["weight_decay"] = 0.0
-        self.ds, self.optimizer, _, _ = deepspeed.initialize(model=model, model_parameters=trainable, config=passed)
+        self.ds, self.wrapper, _, _ = deepspeed.initialize(model=model, model_parameters=trainable, config=passed)
+        self.optimizer = self.wrapper if self.updates else None
         self.device = self.ds.device
+        self._accumulators = [] if self.updates else bare.accumulators(self, trainable)
         for group in self._inner_optimizer.param_groups if decay else ():
             group["weight_decay"] = decay
-        for state in self._inner_optimizer.state.values():
+        for state in self._inner_optimizer.state.values() if self.updates else ():
             if torch.is_tensor(state.get("step")):
                 state["step"].zero_()
         for name, buffer in kept.items():
@@ -91,7 +100,9 @@ class Engine:
 
     @property
     def optimizer_class(self) -> str:
-        """Class of the optimizer that does the update, inside DeepSpeed's wrappers."""
+        """Class of the optimizer that does the update, inside DeepSpeed's wrappers; `none` where there is none."""
+        if not self.updates:
+            return "none"
         inner = self._inner_optimizer
         return f"{type(inner).__module__}.{type(inner).__name__}"
 
@@ -104,9 +115,11 @@ class Engine:
         import torch
 
         inner, levers = self._inner_optimizer, file_levers(self.config)
-        held = [p for group in inner.param_groups for p in group["params"]]
-        held = held or list(self.optimizer.fp32_partitioned_groups_flat)  # stage 3 gives them to it in a step alone
-        states = [v for state in inner.state.values() for v in state.values() if torch.is_tensor(v)]
+        groups, states, held = inner.param_groups if self.updates else [], [], []
+        if self.updates:
+            held = [p for group in groups for p in group["params"]]
+            held = held or list(self.optimizer.fp32_partitioned_groups_flat)  # stage 3 gives them to it in a step alone
+            states = [v for state in inner.state.values() for v in state.values() if torch.is_tensor(v)]
         trained = [p for p in self.module.parameters() if id(p) in self._trained]
         shards = [getattr(p, "ds_tensor", None) for p in self.module.parameters()]
 
@@ -117,7 +130,7 @@ class Engine:
             "optimizer": self.optimizer_class,
             "optimizer_groups": [
                 {k: v for k, v in group.items() if isinstance(v, (bool, int, float, list, tuple)) and k not in NOT_TOLD}
-                for group in inner.param_groups
+                for group in groups
             ],
             "parameter_dtype": _names(trained),
             "master_dtype": _names(held),
@@ -139,21 +152,30 @@ class Engine:
 
     def set_lr(self, lr: float) -> None:
         """Set the rate of every parameter group, unless the DeepSpeed file brought a schedule of its own."""
-        if not self.own_schedule:
+        self._lr = lr
+        if self.updates and not self.own_schedule:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
 
     @property
     def lr(self) -> float:
-        """The rate that the optimizer's first group holds."""
+        """The rate that the optimizer's first group holds; without an optimizer, the one that was set."""
+        if not self.updates:
+            return self._lr
         return float(self._inner_optimizer.param_groups[0]["lr"])
 
     def backward(self, loss: torch.Tensor, scale: float) -> None:
-        """Backward of `loss * scale` through DeepSpeed, which divides by the accumulation and averages over ranks."""
+        """Backward of `loss * scale` through DeepSpeed, which divides by the accumulation and averages over ranks.
+
+        Without an optimizer it is plain autograd's: nothing is divided, and gradients are each rank's own.
+        """
         import torch
 
         with torch.enable_grad():
-            self.ds.backward(loss * scale)
+            if self.updates:
+                self.ds.backward(loss * scale)
+            else:
+                (loss * scale).backward()
 
     def boundary(self, last: bool) -> None:
         """Say before a micro-batch whether it is the last of its optimizer step."""
@@ -200,9 +222,25 @@ class Engine:
             dist.all_reduce(values)
         return values
 
+    def of_first_rank(self, values: torch.Tensor) -> torch.Tensor:
+        """Give every rank the first one's tensor, in place: what all must have the same, to the bit."""
+        import torch.distributed as dist
+
+        if self.world_size > 1:
+            dist.broadcast(values, src=0)
+        return values
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         barrier()
+
+    def share(self, parameter: nn.Parameter) -> tuple[torch.Tensor, int, int]:
+        """This rank's share of a parameter, flat; the number of its first element; the elements of the whole."""
+        return bare.share(self, parameter)
+
+    def drop_gathered(self) -> None:
+        """Say that shares have been written, so that whole copies of them are of no use any more."""
+        bare.drop_gathered(self)
 
     @contextlib.contextmanager
     def gathered(self, parameters: list[nn.Parameter]) -> Iterator[None]:
@@ -218,9 +256,14 @@ class Engine:
         del self.ds, self.optimizer
 
     @property
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that this engine trains with their names, in the model's order."""
+        return [(name, p) for name, p in self.module.named_parameters() if id(p) in self._trained]
+
+    @property
     def trained_names(self) -> list[str]:
         """The names of the parameters that this engine trains, sorted."""
-        return sorted(name for name, p in self.module.named_parameters() if id(p) in self._trained)
+        return sorted(name for name, _ in self.trained)
 
     @contextlib.contextmanager
     def every_gradient(self) -> Iterator[None]:
@@ -230,7 +273,7 @@ class Engine:
             JobError: On leaving, with the names of the parameters that none has reached.
         """
         reached: set[str] = set()
-        named = [(name, p) for name, p in self.module.named_parameters() if id(p) in self._trained]
+        named = self.trained
         handles = [p.register_hook(lambda _, name=name: reached.add(name)) for name, p in named]
         try:
             yield
@@ -258,13 +301,16 @@ class Engine:
             for left in folder.glob("tmp-*"):
                 shutil.rmtree(left)
         self.barrier()
-        self.ds.save_checkpoint(
-            str(folder),
-            tag=temporary.name,
-            client_state={"dlrscale": state},
-            save_latest=False,
-            exclude_frozen_parameters=True,
-        )
+        if self.updates:
+            self.ds.save_checkpoint(
+                str(folder),
+                tag=temporary.name,
+                client_state={"dlrscale": state},
+                save_latest=False,
+                exclude_frozen_parameters=True,
+            )
+        else:
+            bare.save(self, temporary, state)
         self.barrier()
         shares: list[dict[str, tuple[int, str]]] = [{}] * self.world_size
         dist.all_gather_object(shares, _on_disk(temporary, files_of(temporary)[self.rank :: self.world_size]))
@@ -299,6 +345,8 @@ class Engine:
             raise ConfigError(
                 f"{folder}/{name} holds other parameters than this run trains. Start it in another --out."
             )
+        if not self.updates:
+            return bare.load(self, folder / name, self.checkpoint.written.ranks)
         if self.layout.reads(self.checkpoint.written) == "universal":
             told: list[Any] = [None]
             if self.rank == 0:

@@ -48,7 +48,7 @@ def held(engine: Engine) -> dict[str, dict[str, int]]:
     parameters, inner = list(engine.module.parameters()), wrapper
     while hasattr(inner, "optimizer"):
         inner = inner.optimizer
-    states = list(_tensors(inner.state.values()))
+    states = list(_tensors(inner.state.values())) if engine.updates else []
     masters = list(_tensors(getattr(wrapper, name, None) for name in MASTERS))
     shares = [getattr(p, "ds_tensor", None) for p in parameters]
     at_stage3 = engine.stage == 3

@@ -22,7 +22,7 @@ from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
 from dlrscale.errors import describe as describe_error
 from dlrscale.jobs import forecast
-from dlrscale.jobs.attack import attack
+from dlrscale.jobs.attack import attack, gradient_file
 from dlrscale.jobs.common import MODEL_FOLDER, Run, load_corpora
 from dlrscale.jobs.lock import lock
 from dlrscale.jobs.measure import describe_measured, measure
@@ -60,6 +60,10 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         ConfigError: With what is wrong; nothing was written.
     """
     configuration.check(config)
+    if isinstance(config, AttackConfig) and (faults := getattr(gradient_file(config), "faults", None)):
+        refused = faults(config)
+        if refused:
+            raise ConfigError(refused)
     if config.dtype == "fp16" and engine.device_type() == "cpu":
         raise ConfigError("--dtype fp16 needs an accelerator; on the CPU take fp32 or bf16.")
     merged = engine.merge(config)

@@ -6,13 +6,14 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dlrscale import attacks, export, folders, models, record, search, shapes
+from dlrscale import attacks, catalogue, export, folders, models, record, search, shapes
 from dlrscale.attacks.levers import Levers, mlp_parts
 from dlrscale.attacks.students import forget, release
 from dlrscale.config import AttackConfig
@@ -57,7 +58,7 @@ def attack(run_: Run) -> None:
             found[f"loss/heldout_base{suffix}"] = loss(corpora.heldout_base)
         return found
 
-    objective = LanguageModelling(SavedBytes(ds.module, mlp_parts(ds.module, shape), levers.storage))
+    objective = make_objective(config, SavedBytes(ds.module, mlp_parts(ds.module, shape), levers.storage))
     batches = make_batches(config, corpora, ds.rank, ds.world_size)
     loop = Loop(
         config=config,
@@ -130,6 +131,18 @@ def bill(run_: Run, rows: list[dict[str, Any]]) -> dict[str, float]:
     tokens, flops = (run_.metrics.get(f"transform/{name}", 0.0) for name in ("tokens", "flops"))
     before = search.Cost(tokens, flops, seconds * config.num_ranks / 3600)
     return search.bill(rows, run_.metrics, per_token, config.num_ranks, config.target, before)
+
+
+def make_objective(config: AttackConfig, counter: SavedBytes | None = None) -> Any:
+    """What a step of the strategy does: the loop's own, or that of a gradient method that updates by itself."""
+    own = gradient_file(config)
+    return own.objective(config, counter) if hasattr(own, "objective") else LanguageModelling(counter)
+
+
+def gradient_file(config: AttackConfig) -> ModuleType | None:
+    """The file of the strategy's gradient method; None for plain backpropagation."""
+    name = config.entry.gradient
+    return None if name == catalogue.AXES["gradient"] else attacks.find(name)
 
 
 def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None, alone: bool = False) -> None:
@@ -267,7 +280,7 @@ def saved_formula(config: AttackConfig, ds_config: Mapping[str, Any], shape: sha
     trainable, gradient = config.entry.trainable, config.entry.gradient
     dropout = shape.dropout or (shape.shared_input and config.knobs.get("dropout"))
     kept_whole = config.activation_checkpointing == "none" and config.activation_storage != "int8"
-    known = gradient in ("backprop", "reverse") and trainable in ("all", "lora-attn")
+    known = gradient in ("backprop", "reverse", "lomo") and trainable in ("all", "lora-attn")
     if not kept_whole or not known or dropout:
         return {}
     size, total = DTYPE_BYTES[config.dtype], 0

@@ -11,7 +11,6 @@ from dlrscale import engine, launcher, shapes
 from dlrscale.config import AttackConfig, LockConfig, RunConfig
 from dlrscale.errors import PlanError
 from dlrscale.planner import hardware as devices
-from dlrscale.planner.activations import Activations
 from dlrscale.planner.forward import Pass
 from dlrscale.planner.hardware import Hardware
 from dlrscale.planner.locking import LockPlan
@@ -129,6 +128,7 @@ def fitting_levers(config: RunConfig, plan: Plan | LockPlan, hardware: Hardware)
     free_batch = file is None or not {"train_batch_size", "train_micro_batch_size_per_gpu"} & set(file)
     changes: list[tuple[str, dict[str, Any]]] = []
     held = fixed(config)
+    stages = config.entry.stages if isinstance(config, AttackConfig) else (0, 1, 2, 3)
     if isinstance(plan, Plan) and plan.checkpointing == "none" and "activation_checkpointing" not in held:
         changes.append(("--activation-checkpointing layer", {"checkpointing": "layer"}))
     if file is None:
@@ -137,7 +137,9 @@ def fitting_levers(config: RunConfig, plan: Plan | LockPlan, hardware: Hardware)
             ("--zero 2 --offload-optimizer", (2, True, False)),
             ("--zero 3 --offload-optimizer --offload-param", (3, True, True)),
         ):
-            changes.append((words, {"ds_config": dict(plan.ds_config) | engine.lever_config(*levers)}))
+            if levers[0] in stages and not (levers[1] and config.optimizer == "none"):
+                own = engine.lever_config(*levers, config.optimizer)
+                changes.append((words, {"ds_config": dict(plan.ds_config) | own}))
     pairs = [
         (f"{a} {b}", left | right) for a, left in changes[:1] for b, right in changes[1:] if "checkpointing" in left
     ]
@@ -219,7 +221,7 @@ def measured(
             label_tokens=counted["labels"],
             masked=counted["masked"],
         )
-        kept = Activations(run)
+        kept = dataclasses.replace(plan.activations, run=run)
         pairs["saved_bytes"] = (kept.held_bytes, counted["saved_bytes"])
         if "saved_peak_bytes" in counted:
             pairs["saved_peak_bytes"] = (kept.peak_bytes, counted["saved_peak_bytes"])

@@ -18,10 +18,10 @@ from dlrscale.attacks.levers import Levers, mlp_parts
 from dlrscale.config import MeasureConfig
 from dlrscale.data import StepBatch, token_data
 from dlrscale.engine import Engine
-from dlrscale.jobs.attack import build, compare, saved_formula, transform
+from dlrscale.jobs.attack import build, compare, make_objective, saved_formula, transform
 from dlrscale.jobs.common import Corpora, Run, load_corpora, make_batches, parameter_counts
 from dlrscale.measure import ATTENTION_COUNTED, Flops, LiveBytes, SavedBytes, speeds, spread, synchronise
-from dlrscale.train import TIMING_WARMUP_STEPS, Diverged, LanguageModelling, Loop, Stage, described, not_finite
+from dlrscale.train import TIMING_WARMUP_STEPS, Counting, Diverged, Loop, Stage, described, not_finite
 
 SAVED_FILE = "saved.json"
 RANDOM_STEPS = 4  # steps until random token ids come again
@@ -49,7 +49,7 @@ def measure(run_: Run) -> None:
     batches = make_batches(config, corpora, ds.rank, ds.world_size)
     loop = Loop(config=config, engine=ds, batches=batches, phases=run_.phases, out=run_.out, sink=run_.sink)
     loop.resume()
-    objective = LanguageModelling()
+    objective = make_objective(config)
     stage = Stage(name="train", steps=config.steps, lr=config.lr, warmup=config.warmup_steps, objective=objective)
     run_.metrics |= timed_steps(loop, stage)
     counts = Counts(ds, objective, batches.step(config.steps), config.dtype, levers)
@@ -76,7 +76,7 @@ def timed_steps(loop: Loop, stage: Stage) -> dict[str, float]:
     ds = loop.engine
 
     def dressed(done: int) -> None:
-        with ds.every_gradient() if done == 0 else contextlib.nullcontext():
+        with loop.first_step(stage) if done == 0 else contextlib.nullcontext():
             row = loop.step(stage, done)
         loop.write(row)
         fault = not_finite(row, loop.config.dtype)
@@ -157,7 +157,7 @@ class Counts:
     """What is counted in steps of its own, each a whole optimizer step on the same batch; never timed."""
 
     engine: Engine
-    objective: LanguageModelling
+    objective: Counting
     batch: StepBatch
     dtype: str
     levers: Levers
@@ -190,6 +190,8 @@ class Counts:
                 counter.__exit__()
 
         self._step(context)
+        if phases_left == ["backward"]:  # a method that goes forward alone
+            counter.__exit__()
         tokens = self.batch.micro_batches[0]["input_ids"].numel()
         counted = {"saved_bytes": counter.total, "saved_peak_bytes": counter.peak}
         found = {

@@ -77,6 +77,24 @@ class Model:
         """Trained parameters."""
         return sum(numel * count for numel, trained, count in self.tensors() if trained)
 
+    @cached_property
+    def factored(self) -> int:
+        """Trained elements, with rows plus columns in the place of a matrix's own: what Adafactor keeps at stage 0."""
+        shape, parts, training = self.shape, self.parts, self.training
+        whole, wide = parts.embedding_width, shape.width
+        matrices = [("embedding", shape.vocabulary, whole)]
+        matrices += [("embedding", parts.positions, wide)] if parts.positions else []
+        matrices += [("embedding", whole, wide)] * 2 if whole != wide else []
+        matrices += [] if shape.tied else [("head", shape.vocabulary, whole)]
+        adapted = [("projection", whole, wide)] * 2 if whole != wide else []
+        for layer in range(shape.layers):
+            own = [(part, inputs, outputs) for part, inputs, outputs, _ in maps(shape, parts, layer)]
+            matrices, adapted = matrices + own, adapted + own
+        pairs = [(rows, columns) for part, rows, columns in matrices if part in training.trained]
+        for part, inputs, outputs in adapted if training.adapted else ():
+            pairs += [(training.rank, inputs), (training.rank, outputs)] if part in training.adapted else []
+        return self.trained - sum(rows * columns - rows - columns for rows, columns in pairs)
+
     def trained_by_layer(self) -> tuple[list[int], list[int]]:
         """Trained parameters of the MLP of each decoder layer, and of the whole layer."""
         found: dict[object, tuple[int, int]] = {}

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from dlrscale.catalogue import Strategy
-from dlrscale.planner import workspace
+from dlrscale.planner import own_update, workspace
 from dlrscale.planner.activations import Activations
 from dlrscale.planner.forward import Pass
 from dlrscale.planner.model import Model
@@ -46,6 +46,7 @@ def inside(levers: Any, entry: Strategy, knobs: Mapping[str, float]) -> dict[str
         "storage": levers.activation_storage,
         "tiles": levers.tiles,
         "anchor": int(knobs["anchor"]) if entry.gradient == "reverse" else None,
+        "gradient": entry.gradient,
     }
 
 
@@ -68,6 +69,7 @@ class Plan:
         ranks_per_node: Devices of the fullest host.
         attention: `sdpa` or `eager`.
         device: `cuda` or `cpu`, where operations keep different things.
+        gradient: The gradient method.
     """
 
     model: Model
@@ -84,6 +86,7 @@ class Plan:
     anchor: int | None = None
     attention: str = "sdpa"
     device: str = "cuda"
+    gradient: str = "backprop"
 
     @cached_property
     def activations(self) -> Activations:
@@ -103,13 +106,17 @@ class Plan:
             device=self.device,
             zero3=zero3_linear(self.ds_config),
         )
-        return Activations(run)
+        return own_update.ForwardOnly(run) if self.gradient in own_update.FORWARD_ONLY else Activations(run)
 
     @cached_property
     def states(self) -> dict[str, Term]:
         """Model states and DeepSpeed's buffers on one rank."""
         weights = [Weight(numel=n, trained=trained, count=count) for n, trained, count in self.model.tensors()]
-        return model_states(weights, self.ds_config, self.num_ranks, self.dtype)
+        found = model_states(weights, self.ds_config, self.num_ranks, self.dtype, self.model.factored)
+        if self.gradient not in own_update.UPDATES:
+            return found
+        largest = max((w.numel for w in weights if w.trained), default=0)
+        return own_update.states(found, self.gradient, largest, DTYPE_BYTES[self.dtype], self._waiting)
 
     def with_micro_batch(self, micro_batch: int) -> Plan:
         """The same plan for another micro-batch; model states do not depend on it."""
@@ -121,11 +128,14 @@ class Plan:
     def needs(self) -> Needs:
         """The memory of the attack: the highest moments of forward, backward and optimizer step."""
         kept = self.activations
+        if self.gradient in own_update.FORWARD_ONLY:
+            alive = max(own_update.loss_bytes(kept.run), own_update.forward_bytes(kept.run))
+            passes = {FORWARD: states_in(self.states, FORWARD) | {"inside a layer": alive}}
+            return self._needs(passes | {STEP: states_in(self.states, STEP)})
         forward_pass = states_in(self.states, FORWARD) | {
             "saved tensors": kept.held_bytes,
             "logits and loss": workspace.loss_forward_bytes(kept.run),
         }
-        kept_on_host = Term(host=kept.host_bytes, during=(BACKWARD,))
         if self.model.training.first or self.model.training.side:  # layers that keep nothing take their room in passing
             inside = {
                 "saved tensors": kept.stream_held_bytes if self.model.training.side else 0,
@@ -133,9 +143,14 @@ class Plan:
             }
             passing = states_in(self.states, FORWARD) | inside
             forward_pass = max(forward_pass, passing, key=lambda terms: sum(terms.values()))
+        return self._needs({FORWARD: forward_pass, BACKWARD: self._backward(), STEP: states_in(self.states, STEP)})
+
+    def _needs(self, phases: dict[str, dict[str, int]]) -> Needs:
+        on_host = self.activations.host_bytes if BACKWARD in phases else 0
+        kept_on_host = {"activations": Term(host=on_host, during=(BACKWARD,))} if on_host else {}
         return Needs(
-            states=self.states | ({"activations": kept_on_host} if kept.host_bytes else {}),
-            phases={FORWARD: forward_pass, BACKWARD: self._backward(), STEP: states_in(self.states, STEP)},
+            states=self.states | kept_on_host,
+            phases=phases,
             model_bytes=self.model.total * DTYPE_BYTES[self.dtype],
             ranks_per_node=self.ranks_per_node,
         )
@@ -182,6 +197,12 @@ class Plan:
             done += of_layer[layer]
         moments.append(moment(self.model.trained, 0, "inside a layer", 0) | summing)
         return max(moments, key=lambda terms: sum(terms.values()))
+
+    @property
+    def _waiting(self) -> int:
+        """Elements of a tied embedding's gradient, whose first part waits for the other through all of backward."""
+        tied = self.model.shape.tied and "embedding" in self.model.training.trained
+        return self.model.shape.vocabulary * self.model.parts.embedding_width if tied else 0
 
     @property
     def stage(self) -> int:

@@ -23,17 +23,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from dlrscale.errors import ConfigError
+from dlrscale.planner.optimizers import halved, optimizer_of
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 ALWAYS = (FORWARD, BACKWARD, STEP)
 UNTIL_STEP = (BACKWARD, STEP)
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Of torch.optim: moments per element; all but SGD keep a step count per tensor, 4 bytes in host memory.
-MOMENTS = {
-    "adadelta": 2, "adagrad": 1, "adam": 2, "adamax": 2, "adamw": 2, "asgd": 1, "nadam": 2, "radam": 2, "rmsprop": 1,
-    "rprop": 2, "sgd": 0,
-}  # fmt: skip
 ALLREDUCE = 500_000_000  # engine.py, MEMORY_OPT_ALLREDUCE_SIZE: elements of a bucket at stage 0
 
 
@@ -67,25 +62,6 @@ class Term:
     during: tuple[str, ...] = ALWAYS
 
 
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """What an optimizer of DeepSpeed's keeps per master weight.
-
-    Attributes:
-        moments: Tensors of the master's size.
-        moment_bytes: Bytes an element of a moment.
-        counts: Whether each tensor has a step count, a 4-byte tensor in host memory.
-        foreach: Whether a step makes a copy of all that it updates on a device (torch's, on CUDA alone).
-        early: Whether it makes its states for the model's own weights, before there are masters (torch's Adagrad).
-    """
-
-    moments: int
-    moment_bytes: int = 4
-    counts: bool = False
-    foreach: bool = False
-    early: bool = False
-
-
 class _Run:
     """A DeepSpeed configuration and the sums over a model's weights that the formulas need."""
 
@@ -97,7 +73,7 @@ class _Run:
         self.g = self.e if kept is None else 4 if "32" in str(kept) else 2
         self.comm = ds_config.get("communication_data_type")
         self.comm = self.e if self.comm is None else 4 if "32" in str(self.comm) else 2
-        self.m = 2 if _halved(ds_config) else 4
+        self.m = 2 if halved(ds_config) else 4
         self.accumulation = int(ds_config.get("gradient_accumulation_steps", 1))
         self.offload_optimizer = self.stage > 0 and self._offloads("offload_optimizer")
         self.offload_param = self.stage == 3 and self._offloads("offload_param")
@@ -113,6 +89,7 @@ class _Run:
         self.F = sum(w.numel * w.count for w in self.frozen)
         self.tensors = sum(w.count for w in self.trained)
         self.largest = max((w.numel for w in self.trained), default=0)
+        self.factored = self.T
 
     def _offloads(self, key: str) -> bool:
         return (self.zero.get(key) or {}).get("device", "none") != "none"
@@ -134,55 +111,18 @@ class _Run:
         return Term(device=each * on_device, host=each * (elements - on_device) + counts)
 
 
-def _halved(ds_config: Mapping[str, Any]) -> bool:
-    """Whether the file asks for masters and gradients of 16 bits, which DeepSpeed's CPU Adam alone can use."""
-    return any((ds_config.get(k) or {}).get(f"{k}_master_weights_and_grads") for k in ("bf16", "fp16"))
-
-
 def zero3_linear(ds_config: Mapping[str, Any]) -> bool:
     """Whether DeepSpeed's own linear map takes the place of torch's (zero/partition_parameters.py, `Init`)."""
     section = ds_config.get("zero_optimization") or {}
     return section.get("stage") == 3 and bool(section.get("memory_efficient_linear", True))
 
 
-def optimizer_of(ds_config: Mapping[str, Any], offload: bool) -> Optimizer:
-    """What the optimizer of a merged configuration keeps (engine.py, `_configure_basic_optimizer`; ops/).
-
-    DeepSpeed's own classes count steps in Python numbers. Its CPU Lion allocates a second moment that it never uses.
-
-    Args:
-        ds_config: The configuration.
-        offload: Whether the states are offloaded.
-
-    Returns:
-        What it keeps.
-
-    Raises:
-        ConfigError: If the type is none whose memory is known.
-    """
-    section = ds_config.get("optimizer") or {"type": "AdamW", "params": {"torch_adam": True}}
-    name, params = str(section.get("type")).lower(), section.get("params") or {}
-    half = ds_config.get("bf16") or {}
-    asked = half.get("bf16_optimizer_states") or params.get("fp32_optimizer_states") is False
-    own = Optimizer(
-        moments={"lion": 2 if offload else 1, "adagrad": 1}.get(name, 2),
-        moment_bytes=2 if asked and _halved(ds_config) else 4,
-    )
-    if name in ("adam", "adamw") and not params.get("torch_adam") or name in ("lion", "lamb"):
-        return own
-    if name == "adagrad" and offload:
-        return own
-    if name not in MOMENTS:
-        raise ConfigError(
-            f"optimizer.type {section.get('type')}: the memory of its states is not known. Take AdamW, or one of "
-            f"{', '.join(sorted(MOMENTS))}, lamb, lion."
-        )
-    more = bool(params.get("amsgrad")) + bool(params.get("momentum")) + bool(params.get("centered"))
-    return Optimizer(moments=MOMENTS[name] + more, counts=name != "sgd", foreach=True, early=name == "adagrad")
-
-
 def model_states(
-    weights: Sequence[Weight], ds_config: Mapping[str, Any], world_size: int, dtype: str
+    weights: Sequence[Weight],
+    ds_config: Mapping[str, Any],
+    world_size: int,
+    dtype: str,
+    factored: int | None = None,
 ) -> dict[str, Term]:
     """Bytes of each model state on the rank that holds most, in the steady state after the first steps.
 
@@ -205,11 +145,14 @@ def model_states(
         ds_config: A merged configuration (`engine.merge`), without "auto".
         world_size: The number of ranks.
         dtype: `fp32`, `bf16` or `fp16`.
+        factored: What is trained, with the m + n of a matrix in the place of its m n elements, for Adafactor at stage
+            0; None: as if all were vectors.
 
     Returns:
         The terms by name.
     """
     run = _Run(weights, ds_config, world_size, dtype)
+    run.factored = factored if run.optimizer.factored and factored is not None else run.T
     if run.stage == 0:
         return _stage0(run)
     if run.stage == 3:
@@ -225,7 +168,7 @@ def _stage0(run: _Run) -> dict[str, Term]:
     flattens tensors until they pass 5e8 elements, so at most that and one tensor.
     """
     half = run.e < 4
-    states, stale = run.states(run.T, run.tensors), half and run.optimizer.early
+    states, stale = run.states(run.factored, run.tensors), half and run.optimizer.early
     bucket = min(run.T, ALLREDUCE + run.largest) if run.tensors > 1 else 0
     workspace = 4 * run.T * run.optimizer.foreach
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dlrscale.planner.hardware import Hardware
 from dlrscale.planner.locking import LockPlan
+from dlrscale.planner.own_update import FORWARD_ONLY
 from dlrscale.planner.plan import Plan
 from dlrscale.planner.states import DTYPE_BYTES
 
@@ -33,12 +34,13 @@ def step_bounds(plan: Plan, hardware: Hardware) -> dict[str, float]:
     size, ranks = DTYPE_BYTES[plan.dtype], plan.num_ranks
     kept = plan.activations
     total, trained = plan.model.total * size, plan.model.trained * size
+    summed = trained if plan.gradient not in FORWARD_ONLY else 0
     states = sum(plan.states[name].device for name in ("master", "optimizer"))
     moved = (3 if kept.run.checkpointed else 2) * total + 2 * (kept.held_bytes + kept.again_bytes)
     if plan.stage == 3:
-        on_links = plan.accumulation * (2 * max(0, total - size * plan.stays_whole) + trained)
+        on_links = plan.accumulation * (2 * max(0, total - size * plan.stays_whole) + summed)
     else:
-        on_links = 2 * trained
+        on_links = 2 * summed
     to_host, from_host = host_traffic(plan)
     crossing = (plan.nodes - 1) / plan.nodes * on_links / plan.ranks_per_node
     work = {

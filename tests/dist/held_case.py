@@ -98,6 +98,7 @@ def run(case: dict) -> dict:
     with live if case.get("peaks") else nullcontext():
         model = Odd(case["trained"], case.get("scale", 1))
         weights = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        factored = sum(sum(p.shape) for p in model.parameters() if p.requires_grad)  # rows and columns of a matrix
         ds = engine.Engine(model, [p for p in model.parameters() if p.requires_grad], ds_config)
         seen: dict[str, int] = {}
 
@@ -127,4 +128,5 @@ def run(case: dict) -> dict:
             peaks = {"backward": backward, "before": before, "step": live.most}
     every: list = [None] * ds.world_size
     dist.all_gather_object(every, {"now": now, "seen": seen, "peaks": peaks})
-    return {"weights": weights, "config": ds_config, "ranks": every, "describe": ds.describe()}
+    found = {"weights": weights, "factored": factored, "config": ds_config, "ranks": every}
+    return found | {"describe": ds.describe()}

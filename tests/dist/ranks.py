@@ -21,6 +21,7 @@ from dlrscale.distil import Distiller
 from dlrscale.measure import Phases
 from dlrscale.train import LanguageModelling
 from held_case import run as held  # noqa: F401, a case
+from own_update_cases import drift, updates  # noqa: F401, cases
 
 GLOBAL_BATCH = 4
 STEPS, HEAL_STEPS = 3, 2

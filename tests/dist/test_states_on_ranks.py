@@ -54,6 +54,9 @@ def cases():
     for zero in (0, 1, 3):
         for kind, params in (("SGD", {"momentum": 0.9}), ("SGD", {}), ("Adagrad", {}), ("RMSprop", {"centered": True})):
             add(zero, file=untested | {"optimizer": {"type": kind, "params": {"lr": 1e-3} | params}})
+    for zero in (0, 1, 2, 3):
+        for dtype in ("fp32", "bf16"):
+            add(zero, dtype, file=untested | {"optimizer": {"type": "Adafactor", "params": {"lr": 1e-3}}})
     return found
 
 
@@ -105,7 +108,7 @@ def results(start_ranks):
 
 def planned(case, result):
     weights = [Weight(numel=n, trained=trained) for n, trained in result["weights"]]
-    return model_states(weights, result["config"], case["ranks"], case["dtype"])
+    return model_states(weights, result["config"], case["ranks"], case["dtype"], result["factored"])
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: name_of(CASES[i]))

@@ -11,7 +11,7 @@ from dlrscale.errors import ConfigError
 NAMES = (
     "full", "full-offload", "ckpt-layer", "ckpt-nested", "ckpt-offload", "act-offload", "act-int8", "tile-tokens",
     "reverse", "lora", "lora-attn", "flatten", "undistil", "drop-blocks", "norms", "last-k",
-    "head", "ladder",
+    "head", "ladder", "mezo", "mezo-lora", "lomo",
 )  # fmt: skip
 
 
@@ -32,6 +32,9 @@ def test_the_strategies_and_their_defaults():
     assert levers_of("act-offload")[3:] == ("none", "host", 1, "AdamW")
     assert levers_of("act-int8")[3:] == ("none", "int8", 1, "AdamW")
     assert levers_of("tile-tokens")[3:] == ("layer", "device", 8, "AdamW")
+    for name in ("mezo", "mezo-lora"):
+        assert levers_of(name) == (0, False, False, "none", "device", 1, "none")
+    assert levers_of("lomo") == (0, False, False, "layer", "device", 1, "none")
 
 
 def test_the_other_axes():
@@ -43,6 +46,9 @@ def test_the_other_axes():
     assert rows["lora-attn"] == ("none", "lora-attn", "backprop")
     for name in ("flatten", "undistil", "drop-blocks"):
         assert rows[name] == (name, "all", "backprop")
+    assert [rows[n] for n in ("mezo", "mezo-lora", "lomo")] == [
+        ("none", "all", "mezo"), ("none", "lora", "mezo"), ("none", "all", "lomo")
+    ]  # fmt: skip
 
 
 def test_axes_by_hand_bring_their_knobs_and_fixed_levers():
@@ -56,6 +62,23 @@ def test_axes_by_hand_bring_their_knobs_and_fixed_levers():
     assert catalogue.combined("lora") == catalogue.strategy("lora")
     with pytest.raises(ConfigError, match="--trainable lara: unknown. Did you mean lora"):
         catalogue.combined("full", trainable="lara")
+
+
+def test_a_gradient_method_that_updates_by_itself_brings_its_levers_and_stage():
+    mixed = catalogue.combined("lora", gradient="mezo")
+    assert mixed.resolve(Levers()) == catalogue.strategy("mezo-lora").resolve(Levers())
+    assert {k.name for k in mixed.knobs} == {k.name for k in catalogue.combined("mezo-lora").knobs}
+    assert (mixed.exact, catalogue.strategy("lomo").exact) == (False, True)
+    for by_hand, words in (
+        ({"zero": 2}, "--zero 2: stages 1 and 2 cut gradients"),
+        ({"optimizer": "SGD"}, "--optimizer SGD contradicts the strategy mezo"),
+        ({"activation_checkpointing": "layer"}, "--activation-checkpointing layer contradicts the strategy mezo"),
+        ({"zero": 3, "offload_optimizer": True}, "there is no optimizer to offload"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            catalogue.strategy("mezo").resolve(Levers(**by_hand))
+    with pytest.raises(ConfigError, match="--optimizer none: nothing would update the weights"):
+        catalogue.strategy("full").resolve(Levers(optimizer="none"))
 
 
 def test_every_row_says_what_it_is():

@@ -143,6 +143,29 @@ def test_terms_add_up_to_the_peak(make_llama, strategy):
     assert needs.peak_phase in (states.FORWARD, states.BACKWARD, states.STEP)
 
 
+def test_mezo_and_lomo_keep_weights_alone(make_llama):
+    """Tied, so that the head's gradient waits: by hand from the tiny Llama's sizes."""
+    config = make_llama(tie_word_embeddings=True).config.to_dict()
+    table = config["vocab_size"] * config["hidden_size"]
+    for stage in (0, 3):
+        mezo, lomo = (
+            attack_plan(config, name, stage=stage, gradient=name, checkpointing=how, num_ranks=2, device="cpu")
+            for name, how in (("mezo", "none"), ("lomo", "layer"))
+        )
+        for plan in (mezo, lomo):
+            held = {k for k, term in plan.states.items() if states.STEP in term.during and term.device + term.host}
+            assert held <= {"parameters", "step"}
+            assert plan.states["parameters"].device == 2 * plan.model.total // (1 if stage == 0 else 2)
+        assert mezo.states["moved"].device == (2 + 4) * table
+        assert lomo.states["backward"].device == (2 + 2 + 12) * table
+        assert set(mezo.needs.phases) == {states.FORWARD, states.STEP}
+    plain = attack_plan(config, "full", device="cpu").activations.flops()
+    found = mezo.activations.flops()
+    assert (found["forward"], found["backward"], found["recompute"]) == (2 * plain["forward"], 0, 0)
+    assert mezo.activations.held_bytes == mezo.activations.peak_bytes == 0
+    assert lomo.activations.held_bytes > 0
+
+
 def test_the_largest_micro_batch_is_the_last_that_fits(make_llama):
     plan = attack_plan(make_llama().config.to_dict(), "full")
     sizes = {batch: plan.with_micro_batch(batch).needs.peak_bytes for batch in range(1, 30)}

@@ -196,8 +196,18 @@ def test_optimizers():
     assert kept("Lion") == (1, False)
     assert kept("Lion", offload=True) == (2, False)
     assert kept("RMSprop", centered=True, momentum=0.5) == (3, True)
-    with pytest.raises(ConfigError, match="Adafactor: the memory of its states is not known"):
-        kept("Adafactor")
+    assert kept("Adafactor") == (1, True)
+    with pytest.raises(ConfigError, match="Muon: the memory of its states is not known"):
+        kept("Muon")
+
+
+def test_adafactor_factors_whole_matrices_alone():
+    """A matrix of 4 x 3 and a vector of 5: 7 + 5 numbers where they are whole, 17 in flat shares."""
+    weights = [Weight(numel=12, trained=True), Weight(numel=5, trained=True)]
+    for zero, kept in ((0, 12), (1, 10), (2, 10), (3, 6 + 3)):  # 17 padded to a multiple of 4: 20 / 2
+        merged = config(zero) | {"optimizer": {"type": "Adafactor", "params": {}}}
+        terms = model_states(weights, merged, 2, "fp32", factored=7 + 5)
+        assert terms["optimizer"] == Term(device=4 * kept, host=4 * (2 if zero == 0 else 1))
 
 
 def test_deepspeeds_own_estimate_where_it_counts_the_same():

@@ -12,8 +12,8 @@ token, and about 16 d in its block, whatever the model's MLPs are; where layers 
 logits are the model's own. A norm's scale folds into the map behind it, so there is none.
 
 Padding is on the right (data/): with causal attention no token that has a label sees it, so the side needs no mask.
-Ours beside the paper: the norms n, a start from random numbers (theirs prunes the backbone's weights, which would not be
-the same for base and locked), and U behind the final norm: before it, gradients would keep the norm's share too.
+Ours beside the paper: the norms n, a start from random numbers (theirs prunes the backbone's weights, which would not
+be the same for base and locked), and U behind the final norm: before it, gradients would keep the norm's share too.
 
 Source: Ladder Side-Tuning (LST), arXiv 2206.06522.
 """

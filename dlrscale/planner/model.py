@@ -63,6 +63,7 @@ class Model:
         """Trained parameters."""
         return sum(numel * count for numel, trained, count in self.tensors() if trained)
 
+    @cached_property
     def trained_by_layer(self) -> tuple[list[int], list[int]]:
         """Trained parameters of the MLP of each decoder layer, and of the whole layer."""
         found: dict[object, tuple[int, int]] = {}
@@ -89,8 +90,15 @@ class Model:
 
     def outside(self, part: str) -> int:
         """Trained elements of a part outside of the decoder layers."""
-        found = (t for t in parameters(self.shape, self.parts) if t.layer is None and t.part == part)
-        return sum(t.numel * t.count for t in found if self.training.has(t.part, t.bias))
+        return self._outside[part]
+
+    @cached_property
+    def _outside(self) -> Counter[str]:
+        found = Counter[str]()
+        for t in parameters(self.shape, self.parts):
+            if t.layer is None and self.training.has(t.part, t.bias):
+                found[t.part] += t.numel * t.count
+        return found
 
 
 def side_layer_tensors(width: int, side: int) -> tuple[int, ...]:

@@ -157,7 +157,7 @@ class Plan:
         done += model.training.side * model.parts.embedding_width
         at_loss = moment(0, kept.held_bytes, "logits and loss", workspace.loss_backward_bytes(kept.run))
         moments = [at_loss | dict.fromkeys(("backward", *(["buckets"] if asked_for else [])), 0)]
-        of_mlp, of_layer = self.model.trained_by_layer()
+        of_mlp, of_layer = self.model.trained_by_layer
         for layer in reversed(range(self.model.shape.layers)):
             if not kept.layers[layer].tape.saved:  # no gradient comes so far
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -36,6 +37,11 @@ class Activations:
                 found[key] = forward.decoder_layer(self.run, layer)
         return [found[key] for key in keys]
 
+    def _of_each(self, count: Callable[[Layer], int]) -> list[int]:
+        """A number of each layer; equal layers are counted once."""
+        found = {key: count(layer) for key, layer in {id(layer): layer for layer in self.layers}.items()}
+        return [found[id(layer)] for layer in self.layers]
+
     @property
     def _beside(self) -> list[Layer]:
         """The layers of the frozen model that a side network stands beside."""
@@ -54,8 +60,7 @@ class Activations:
     @cached_property
     def _inputs(self) -> list[int]:
         """With checkpointing, the bytes of the inputs that are kept of all layers up to each."""
-        found = {id(layer): layer.inputs().kept_bytes(self.run.storage) for layer in self.layers}
-        return list(accumulate(found[id(layer)] for layer in self.layers))
+        return list(accumulate(self._of_each(lambda at: at.inputs().kept_bytes(self.run.storage))))
 
     @cached_property
     def mask_bytes(self) -> int:
@@ -82,14 +87,12 @@ class Activations:
 
         The tables are not among it.
         """
-        found = {id(at): at.bytes(self._layer_storage, without_input=self._input_counts) for at in self.layers}
-        return [found[id(layer)] for layer in self.layers]
+        return self._of_each(lambda at: at.bytes(self._layer_storage, without_input=self._input_counts))
 
     @cached_property
     def _layer_peaks(self) -> list[int]:
         """The most that each layer keeps on the device at once, as `layer_bytes`."""
-        found = {id(at): at.peak_bytes(self._layer_storage, without_input=self._input_counts) for at in self.layers}
-        return [found[id(layer)] for layer in self.layers]
+        return self._of_each(lambda at: at.peak_bytes(self._layer_storage, without_input=self._input_counts))
 
     @cached_property
     def _embedding_bytes(self) -> int:
@@ -138,8 +141,7 @@ class Activations:
     @cached_property
     def _mlp_kept(self) -> list[int]:
         """What the MLP of each layer keeps on the device while its layer is there."""
-        found = {id(at): at.tape.kept_bytes(self._layer_storage, parts={"mlp"}) for at in self.layers}
-        return [found[id(layer)] for layer in self.layers]
+        return self._of_each(lambda at: at.tape.kept_bytes(self._layer_storage, parts={"mlp"}))
 
     def mlp_bytes(self, layer: int) -> int:
         """What a layer's MLP or DLR-Net keeps on the device, as if no layer were checkpointed."""

@@ -25,6 +25,13 @@ class Model:
 
     def tensors(self) -> Iterator[tuple[int, bool, int]]:
         """Its parameter tensors: elements, whether trained, and how many equal ones follow one another."""
+        yield from self._tensors
+
+    @cached_property
+    def _tensors(self) -> list[tuple[int, bool, int]]:
+        return list(self._all_tensors())
+
+    def _all_tensors(self) -> Iterator[tuple[int, bool, int]]:
         for t in parameters(self.shape, self.parts):
             yield t.numel, self.training.has(t.part, t.bias, t.layer), t.count
         yield from self._adapters()
@@ -95,8 +102,8 @@ class Model:
     @cached_property
     def _outside(self) -> Counter[str]:
         found = Counter[str]()
-        for t in parameters(self.shape, self.parts):
-            if t.layer is None and self.training.has(t.part, t.bias):
+        for t in parameters(replace(self.shape, layers=0), self.parts):
+            if self.training.has(t.part, t.bias):
                 found[t.part] += t.numel * t.count
         return found
 

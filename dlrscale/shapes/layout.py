@@ -220,8 +220,12 @@ def parameters(shape: ModelShape, parts: Layout) -> Iterator[Tensors]:
         yield Tensors("projection", parts.embedding_width * width, 2)
     if opt:
         yield from final
+    known: dict[Any, list[Tensors]] = {}
     for layer in range(shape.layers):
-        yield from layer_tensors(shape, parts, layer)
+        key = (shape.ranks or {}).get(layer)
+        if key not in known:
+            known[key] = list(layer_tensors(shape, parts, layer))
+        yield from (Tensors(part, numel, count, bias, layer) for part, numel, count, bias, _ in known[key])
     if not opt:
         yield from final
     if not shape.tied:

@@ -141,7 +141,8 @@ class AttackConfig(RunConfig):
     runs that repeat its best settings, None for all. `search` is the id of such a search, of `search_trials` trials;
     `trial` the number of the trial that a run is, or whose settings it repeats. A trial ends early where its best loss
     at its n-th evaluation is above the n-th of `stop_above`. `target` is a loss in nats; `base_result` is what the same
-    attack did on the base (`search.base_result`), for the gates.
+    attack did on the base (`search.base_result`), for the gates. `lever_search` is what the planner found where the
+    strategy searches its levers (`planner.search`), whose winner the levers, gradient and knobs are.
     """
 
     kind: str = "attack"
@@ -161,6 +162,7 @@ class AttackConfig(RunConfig):
     stop_above: list[float | None] = dataclasses.field(default_factory=list)
     target: float | None = None
     base_result: dict[str, Any] | None = None
+    lever_search: dict[str, Any] | None = None
 
     @property
     def is_trial(self) -> bool:
@@ -278,7 +280,7 @@ def identify(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> dict[str
     values = dataclasses.asdict(config)
     if isinstance(config, AttackConfig):
         # The resolved axes stand for the strategy's name, which is a label.
-        for key in ("strategy", *catalogue.AXES):
+        for key in ("strategy", "lever_search", *catalogue.AXES):
             values.pop(key)
         values["axes"] = {k: v for k, v in config.axes.items() if k != "levers"}
         if config.heldout_part is None:

@@ -125,7 +125,8 @@ class Strategy:
     `levers` are the strategy's own defaults; those in `fixed` are its idea and cannot be set otherwise by hand.
     What a row says of the value that it brings to an axis holds wherever that value is chosen: `trains` of a trainable
     set; `exact` (the gradient is plain autograd's) and `stages` (the ZeRO stages where it makes sense, else `why_not`)
-    of a gradient method; `knobs` of any.
+    of a gradient method; `knobs` of any. `searches`: levers, and the gradient method, that were not given by hand are
+    searched with the planner (planner/search.py).
     """
 
     name: str
@@ -143,6 +144,7 @@ class Strategy:
     exact: bool = True
     stages: tuple[int, ...] = (0, 1, 2, 3)
     why_not: str = ""
+    searches: bool = False
 
     def resolve(self, by_hand: Levers) -> Levers:
         """The levers in force: by hand, else the strategy's own, else the defaults.

@@ -298,4 +298,21 @@ ROWS: tuple[Strategy, ...] = (
             ),
         ),
     ),
+    Strategy(
+        name="best-memory",
+        idea="the memory levers with the smallest planned peak of a device, under a cap on the FLOPs of a step",
+        source="a search over the rows above with the planner",
+        saved="as the combination that wins",
+        cost="at most `cap` times the FLOPs of full on the base; copies to the host and back come on top",
+        knobs=(
+            Knob(
+                name="cap",
+                default=1.33,
+                low=1,
+                high=10,
+                text="FLOPs of a step over those of full on the base model; meant: 1.33, 1.67, 2, 4",
+            ),
+        ),
+        searches=True,
+    ),
 )

@@ -137,7 +137,8 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     deepspeed launch/lock.py --model ./base --data corpus.txt --deepspeed_config ds_configs/zero2.json
     """
     from dlrscale import folders, shapes
-    from dlrscale.cli.run import choose_levers, execute, inside_launch, resolve, run_rank
+    from dlrscale.cli.levers import choose_levers
+    from dlrscale.cli.run import check_family, execute, inside_launch, resolve, run_rank
     from dlrscale.config import LockConfig
 
     options["model"] = str(folders.find_model(options["model"]))
@@ -217,26 +218,14 @@ def attack(
         click.echo(report.summary_table(records))
 
 
-def check_family(folder: str) -> None:
-    """Refuse a model of a family that is not in the table, naming the module that was looked at."""
-    from dlrscale import shapes
-
-    config = shapes.read_config(folder)
-    try:
-        shapes.find_family(config)
-    except ConfigError:
-        from dlrscale import models
-
-        models.refuse_family(config)
-
-
 def attack_configs(
     options: dict[str, Any], base: str | None, strategy: str, knobs: tuple[str, ...], kind: type | None = None
 ) -> list[Any]:
     """The configurations of an attack, or of a measurement: of the base model, if given, and of the model itself."""
     from dlrscale import config as configuration
     from dlrscale import folders, shapes
-    from dlrscale.cli.run import choose_levers, resolve
+    from dlrscale.cli.levers import choose_levers, with_best_levers
+    from dlrscale.cli.run import check_family, resolve
     from dlrscale.config import AttackConfig, MeasureConfig
 
     entry = catalogue.combined(strategy, *(options.get(axis) for axis in catalogue.AXES))
@@ -279,7 +268,10 @@ def attack_configs(
         if options.get("name"):
             own["name"] = f"{options['name']}-{side}" if base else options["name"]
         default = f"{strategy}-locked-k{manifest['depth']}" if side == "locked" else f"{strategy}-base"
-        found.append(resolve(kind or AttackConfig, own, levers, f"measure-{default}" if kind else default))
+        config = resolve(kind or AttackConfig, own, levers, f"measure-{default}" if kind else default)
+        if entry.searches:
+            config = with_best_levers(config, entry, options, own)
+        found.append(config)
     return found
 
 
@@ -475,7 +467,8 @@ def pretrain(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     \b
     dlrscale pretrain --data embedded:stdlib --heldout embedded:stdlib-heldout --seq-len 256 --steps 2000
     """
-    from dlrscale.cli.run import choose_levers, execute, inside_launch, resolve, run_rank
+    from dlrscale.cli.levers import choose_levers
+    from dlrscale.cli.run import execute, inside_launch, resolve, run_rank
     from dlrscale.config import PretrainConfig
 
     levers = choose_levers(catalogue.LOCK, options)

@@ -69,7 +69,7 @@ def swept(*names: str, kind: Any, default: Any = None, **more: Any) -> Any:
 @click.option("--heal/--no-heal", default=True, show_default=True, help="With --lock: with the end-to-end stage.")
 @click.option("--harden/--no-harden", default=True, show_default=True, help="With --lock: with hardening.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("--plot", type=PATH, help="Draw the peaks of a sweep into this PNG file.")
+@click.option("--plot", type=PATH, help="Draw a sweep into this PNG file: saved bytes against --depth, else peaks.")
 def plan(**options: Any) -> None:
     """Say what base and locked will need per device and host, whether it fits, and how long it takes at least.
 
@@ -78,7 +78,7 @@ def plan(**options: Any) -> None:
     dlrscale plan --model llama-3-70b --strategy all --depth 8,16,32,64 --num-ranks 64 --nodes 8 --plot peaks.png
     dlrscale plan --model ./base --lock --zero 2 --num-ranks 2 --json
     """
-    from dlrscale.planner import show
+    from dlrscale.planner import plots, show
 
     refuse_unused(options)
     answers, left_out = [], {}
@@ -97,7 +97,7 @@ def plan(**options: Any) -> None:
         click.echo(f"left out: {reason}", err=True)
     click.echo(show.as_json(answers, len(questions) > 1) if options["as_json"] else show.text(answers))
     if options["plot"]:
-        show.draw(answers, options["plot"])
+        plots.draw(answers, options["plot"])
         click.echo(f"plot: {options['plot']}", err=True)
 
 
@@ -220,7 +220,7 @@ def decide(
         ConfigError: If options contradict one another, the strategy, or the DeepSpeed file.
     """
     from dlrscale import engine
-    from dlrscale.cli.run import choose_levers
+    from dlrscale.cli.levers import choose_levers, given_levers
     from dlrscale.config import RunConfig
     from dlrscale.planner import sides
 
@@ -230,21 +230,23 @@ def decide(
     file = engine.read_file(place) if place else {}
     micro, accumulation = engine.resolve_batch(file, micro, accumulation, ranks)
     dtype = dtype or engine.file_dtype(file) or "bf16"
-    if place:
-        run = RunConfig(
-            model="", data="", out="", dtype=engine.resolve_dtype(file, dtype), deepspeed_config=place,
-            num_ranks=ranks, micro_batch=micro, accumulation=accumulation, **dataclasses.asdict(levers),
-        )  # fmt: skip
-        merged = engine.merge(run)
-    else:  # without torch, which would say what this machine has: a plan is for another one
+
+    def configure(levers: catalogue.Levers) -> dict[str, Any]:
+        if place:
+            run = RunConfig(
+                model="", data="", out="", dtype=engine.resolve_dtype(file, dtype), deepspeed_config=place,
+                num_ranks=ranks, micro_batch=micro, accumulation=accumulation, **dataclasses.asdict(levers),
+            )  # fmt: skip
+            return engine.merge(run)
+        # Without torch, which would say what this machine has: a plan is for another one.
         own = engine.lever_config(levers.zero, levers.offload_optimizer, levers.offload_param, levers.optimizer)
-        merged = own | {
-            "train_micro_batch_size_per_gpu": micro,
-            "gradient_accumulation_steps": accumulation,
-        }
-        if dtype != "fp32":
-            merged[dtype] = {"enabled": True}
+        merged = own | {"train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation}
+        return merged | ({dtype: {"enabled": True}} if dtype != "fp32" else {})
+
+    search = None
+    if entry.searches and not options["lock"]:
+        search = sides.Search(by_hand=given_levers(options), gradient=options["gradient"], configure=configure)
     return sides.Question(
-        config=config, entry=entry, levers=levers, knobs=entry.resolve_knobs(pairs), ds_config=merged,
-        dtype=dtype, micro_batch=micro, **about,
+        config=config, entry=entry, levers=levers, knobs=entry.resolve_knobs(pairs), ds_config=configure(levers),
+        dtype=dtype, micro_batch=micro, search=search, **about,
     )  # fmt: skip

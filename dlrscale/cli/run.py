@@ -116,44 +116,6 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     return config
 
 
-def choose_levers(entry: catalogue.Strategy, options_: dict[str, Any]) -> catalogue.Levers:
-    """The levers in force: a DeepSpeed file's and those given by hand against the strategy's idea and defaults.
-
-    Args:
-        entry: The strategy; for a job that is none, an entry with that job's own levers.
-        options_: The command's options.
-
-    Returns:
-        Levers without a None.
-
-    Raises:
-        ConfigError: If file and options differ, or either contradicts the strategy's idea.
-    """
-    from dlrscale import engine
-
-    by_hand = {f.name: options_.get(f.name) for f in dataclasses.fields(catalogue.Levers)}
-    place = options_.get("deepspeed_config")
-    file = engine.read_file(place) if place else {}
-    decided = engine.file_levers(file) if place else {}
-    if "optimizer" in file:
-        decided["optimizer"] = file["optimizer"]["type"]
-    keys = {"zero": "zero_optimization.stage", "optimizer": "optimizer.type"}
-    clash = [
-        f"{catalogue.flag(k, by_hand[k])} and {keys.get(k, f'zero_optimization.{k}')} {v} in {place} differ. "
-        "Give one of them."
-        for k, v in decided.items()
-        if by_hand[k] is not None and by_hand[k] != v
-    ]
-    if clash:
-        raise ConfigError(clash)
-    try:
-        return entry.resolve(catalogue.Levers(**by_hand | decided))
-    except ConfigError as error:
-        if place is None:
-            raise
-        raise ConfigError([*error.faults, f"(Stage and offload are those of {place}.)"]) from None
-
-
 def typed() -> list[str]:
     """The command's words as they were typed; none where a configuration is built outside of a command."""
     context = click.get_current_context(silent=True)
@@ -179,8 +141,7 @@ def run_rank(config: RunConfig, dry_run: bool) -> None:
     if dry_run:
         if first:
             click.echo(json.dumps(merged, indent=2))
-            if plan is not None:
-                click.echo(f"# {forecast.said(plan, forecast.hardware_of(config))}")
+            say_plan(config, plan)
         sys.exit(0)
     forecast.refuse(config, plan)
     # Every rank looks before the process group is there, so that none waits for one that has refused.
@@ -197,6 +158,31 @@ def run_rank(config: RunConfig, dry_run: bool) -> None:
         for line in jobs.summary_lines(entry, Path(config.out)) if entry else []:
             click.echo(line)
     sys.exit(code)
+
+
+def check_family(folder: str) -> None:
+    """Refuse a model of a family that is not in the table, naming the module that was looked at."""
+    from dlrscale import shapes
+
+    config = shapes.read_config(folder)
+    try:
+        shapes.find_family(config)
+    except ConfigError:
+        from dlrscale import models
+
+        models.refuse_family(config)
+
+
+def say_plan(config: RunConfig, plan: Any) -> None:
+    """Print a job's plan, and what a search of its levers has found, behind the marks of comments."""
+    from dlrscale.jobs import forecast
+    from dlrscale.planner import search
+
+    if plan is not None:
+        click.echo(f"# {forecast.said(plan, forecast.hardware_of(config))}")
+    found = getattr(config, "lever_search", None)
+    for line in search.lines(found) if found else ():
+        click.echo(f"# {line}")
 
 
 def refuse_unfit(configs: list[RunConfig]) -> None:
@@ -246,8 +232,7 @@ def execute(config: RunConfig, *, dry_run: bool = False, quiet: bool = False) ->
     plan = forecast.forecast(config, merged)
     if dry_run:
         click.echo(json.dumps(merged, indent=2))
-        if plan is not None:
-            click.echo(f"# {forecast.said(plan, forecast.hardware_of(config))}")
+        say_plan(config, plan)
         click.echo(launcher.show(launcher.command(config)))
         return None
     forecast.refuse(config, plan)

@@ -106,7 +106,7 @@ def refuse(config: RunConfig, plan: Plan | LockPlan | None) -> None:
     lacking = plan.needs.lacking(hardware)
     if lacking:
         found = fitting_levers(config, plan, hardware)
-        none = "Neither a smaller --micro-batch nor checkpointing, ZeRO or offload makes it fit: take more devices."
+        none = "Neither a smaller --micro-batch nor checkpointing, ZeRO, offload or tiles help: take more devices."
         mend = f"It would fit with {', or with '.join(found)}." if found else none
         raise PlanError(
             f"The plan says that {config.name} cannot fit: {'; '.join(lacking)}. {mend} --force runs anyway."
@@ -126,11 +126,8 @@ def fitting_levers(config: RunConfig, plan: Plan | LockPlan, hardware: Hardware)
     """
     file = engine.read_file(config.deepspeed_config) if config.deepspeed_config else None
     free_batch = file is None or not {"train_batch_size", "train_micro_batch_size_per_gpu"} & set(file)
-    changes: list[tuple[str, dict[str, Any]]] = []
-    held = fixed(config)
     stages = config.entry.stages if isinstance(config, AttackConfig) else (0, 1, 2, 3)
-    if isinstance(plan, Plan) and plan.checkpointing == "none" and "activation_checkpointing" not in held:
-        changes.append(("--activation-checkpointing layer", {"checkpointing": "layer"}))
+    inner, parted = inner_changes(config, plan), []
     if file is None:
         for words, levers in (
             ("--zero 3", (3, config.offload_optimizer, config.offload_param)),
@@ -139,10 +136,14 @@ def fitting_levers(config: RunConfig, plan: Plan | LockPlan, hardware: Hardware)
         ):
             if levers[0] in stages and not (levers[1] and config.optimizer == "none"):
                 own = engine.lever_config(*levers, config.optimizer)
-                changes.append((words, {"ds_config": dict(plan.ds_config) | own}))
+                parted.append((words, {"ds_config": dict(plan.ds_config) | own}))
+    layer = [change for change in inner if change[1] == {"checkpointing": "layer"}]
+    rest = inner[len(layer) :]
+    changes = layer + parted + rest
     pairs = [
-        (f"{a} {b}", left | right) for a, left in changes[:1] for b, right in changes[1:] if "checkpointing" in left
+        (f"{a} {b}", left | right) for a, left in layer for b, right in parted + rest if left.keys() != right.keys()
     ]
+    pairs += [(f"{a} {b}", left | right) for a, left in rest for b, right in parted]
 
     def largest(change: dict[str, Any]) -> int:
         changed = dataclasses.replace(plan, **change)
@@ -155,6 +156,34 @@ def fitting_levers(config: RunConfig, plan: Plan | LockPlan, hardware: Hardware)
     if not found and free_batch:
         found = [f"{words} --micro-batch {size}" for words, change in changes + pairs if (size := largest(change))]
     return found[:3]
+
+
+def inner_changes(config: RunConfig, plan: Plan | LockPlan) -> list[tuple[str, dict[str, Any]]]:
+    """Levers inside the model that a job could have besides its own: options, and the fields of a plan that they set.
+
+    Args:
+        config: The resolved configuration.
+        plan: Its plan.
+
+    Returns:
+        Pairs, checkpointing per layer first where it is none yet; none of a strategy's own idea.
+    """
+    if not isinstance(plan, Plan):
+        return []
+    held, reverses = fixed(config), config.entry.gradient == "backprop" and bool(plan.model.shape.ranks)
+    found = []
+    if "activation_checkpointing" not in held:
+        if plan.checkpointing == "none":
+            found.append(("--activation-checkpointing layer", {"checkpointing": "layer"}))
+        if plan.checkpointing != "nested" and reverses:
+            found.append(("--activation-checkpointing nested", {"checkpointing": "nested"}))
+    if reverses and plan.checkpointing != "nested":
+        found.append(("--gradient reverse", {"anchor": 0}))
+    if plan.tiles == 1 and "tiles" not in held:
+        found.append(("--tiles 8", {"tiles": 8}))
+    if plan.storage == "device" and "activation_storage" not in held:
+        found.append(("--activation-storage host", {"storage": "host"}))
+    return found
 
 
 def fixed(config: RunConfig) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -36,6 +37,11 @@ class Activations:
                 found[key] = forward.decoder_layer(self.run, layer)
         return [found[key] for key in keys]
 
+    def _of_each(self, count: Callable[[Layer], int]) -> list[int]:
+        """A number of each layer; equal layers are counted once."""
+        found = {key: count(layer) for key, layer in {id(layer): layer for layer in self.layers}.items()}
+        return [found[id(layer)] for layer in self.layers]
+
     @property
     def _beside(self) -> list[Layer]:
         """The layers of the frozen model that a side network stands beside."""
@@ -45,7 +51,7 @@ class Activations:
     def _ends(self) -> tuple[Tape, Tape]:
         return forward.embedding(self.run), forward.head(self.run)
 
-    @property
+    @cached_property
     def table_bytes(self) -> int:
         """The rotary tables, which all layers share."""
         kept = any(layer.shared & set(layer.tape.saved) for layer in self.layers)
@@ -54,10 +60,9 @@ class Activations:
     @cached_property
     def _inputs(self) -> list[int]:
         """With checkpointing, the bytes of the inputs that are kept of all layers up to each."""
-        found = {id(layer): layer.inputs().kept_bytes(self.run.storage) for layer in self.layers}
-        return list(accumulate(found[id(layer)] for layer in self.layers))
+        return list(accumulate(self._of_each(lambda at: at.inputs().kept_bytes(self.run.storage))))
 
-    @property
+    @cached_property
     def mask_bytes(self) -> int:
         """GPT-2 hands its mask to a checkpointed layer as an input, where its attention is written out."""
         run, tape = self.run, self.run.tape()
@@ -82,30 +87,33 @@ class Activations:
 
         The tables are not among it.
         """
-        found = {id(at): at.bytes(self._layer_storage, without_input=self._input_counts) for at in self.layers}
-        return [found[id(layer)] for layer in self.layers]
+        return self._of_each(lambda at: at.bytes(self._layer_storage, without_input=self._input_counts))
 
     @cached_property
     def _layer_peaks(self) -> list[int]:
         """The most that each layer keeps on the device at once, as `layer_bytes`."""
-        found = {id(at): at.peak_bytes(self._layer_storage, without_input=self._input_counts) for at in self.layers}
-        return [found[id(layer)] for layer in self.layers]
+        return self._of_each(lambda at: at.peak_bytes(self._layer_storage, without_input=self._input_counts))
+
+    @cached_property
+    def _embedding_bytes(self) -> int:
+        """What the embedding keeps."""
+        return self._ends[0].kept_bytes(self.run.storage)
 
     def _stored_bytes(self) -> int:
         """What embedding, layers and final norm keep between forward and backward, where the storage has it."""
-        run, ends = self.run, self._ends
-        around = ends[0].kept_bytes(run.storage) + ends[1].kept_bytes(run.storage, parts=STORED)
+        run = self.run
+        around = self._embedding_bytes + self._ends[1].kept_bytes(run.storage, parts=STORED)
         if run.checkpointed:
             return around + self._inputs[-1] + self.mask_bytes
         return around + sum(self.layer_bytes) + self.table_bytes
 
-    @property
+    @cached_property
     def held_bytes(self) -> int:
         """Everything saved on the device when forward ends."""
         inside = 0 if self.run.storage == HOST else self._stored_bytes()
         return inside + self._ends[1].kept_bytes(parts={"head", "loss"})
 
-    @property
+    @cached_property
     def host_bytes(self) -> int:
         """What is saved in host memory when forward ends."""
         return self._stored_bytes() if self.run.storage == HOST else 0
@@ -115,7 +123,7 @@ class Activations:
         run, tables = self.run, self.table_bytes
         if run.storage == HOST:
             return tables if run.checkpointed else 0
-        ends = self._ends[0].kept_bytes(run.storage) + tables
+        ends = self._embedding_bytes + tables
         if run.checkpointed:
             return ends + self.mask_bytes + self._inputs[layer]
         return ends + self._running[layer]
@@ -126,11 +134,14 @@ class Activations:
 
     def attention_bytes(self, layer: int) -> int:
         """What is saved on the device when backward has gone through a layer's MLP and comes to its attention."""
-        layer_storage = self._layer_storage
-        if layer_storage == HOST:
+        if self._layer_storage == HOST:
             return self._before(layer)
-        mlp = self.layers[layer].tape.kept_bytes(layer_storage, parts={"mlp"})
-        return self._before(layer) + self.layer_bytes[layer] - mlp
+        return self._before(layer) + self.layer_bytes[layer] - self._mlp_kept[layer]
+
+    @cached_property
+    def _mlp_kept(self) -> list[int]:
+        """What the MLP of each layer keeps on the device while its layer is there."""
+        return self._of_each(lambda at: at.tape.kept_bytes(self._layer_storage, parts={"mlp"}))
 
     def mlp_bytes(self, layer: int) -> int:
         """What a layer's MLP or DLR-Net keeps on the device, as if no layer were checkpointed."""

@@ -89,12 +89,14 @@ class Model:
         adapted = [("projection", whole, wide)] * 2 if whole != wide else []
         for layer in range(shape.layers):
             own = [(part, inputs, outputs) for part, inputs, outputs, _ in maps(shape, parts, layer)]
-            matrices, adapted = matrices + own, adapted + own
+            matrices += [entry for entry in own if training.has(entry[0], layer=layer)]
+            adapted += own
         pairs = [(rows, columns) for part, rows, columns in matrices if part in training.trained]
         for part, inputs, outputs in adapted if training.adapted else ():
             pairs += [(training.rank, inputs), (training.rank, outputs)] if part in training.adapted else []
         return self.trained - sum(rows * columns - rows - columns for rows, columns in pairs)
 
+    @cached_property
     def trained_by_layer(self) -> tuple[list[int], list[int]]:
         """Trained parameters of the MLP of each decoder layer, and of the whole layer."""
         found: dict[object, tuple[int, int]] = {}

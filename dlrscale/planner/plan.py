@@ -112,7 +112,9 @@ class Plan:
     def states(self) -> dict[str, Term]:
         """Model states and DeepSpeed's buffers on one rank."""
         weights = [Weight(numel=n, trained=trained, count=count) for n, trained, count in self.model.tensors()]
-        found = model_states(weights, self.ds_config, self.num_ranks, self.dtype, self.model.factored)
+        adafactor = str((self.ds_config.get("optimizer") or {}).get("type")).lower() == "adafactor"
+        factored = self.model.factored if adafactor else None
+        found = model_states(weights, self.ds_config, self.num_ranks, self.dtype, factored)
         if self.gradient not in own_update.UPDATES:
             return found
         largest = max((w.numel for w in weights if w.trained), default=0)
@@ -179,7 +181,7 @@ class Plan:
         done += model.training.side * model.shape.width
         at_loss = moment(0, kept.held_bytes, "logits and loss", workspace.loss_backward_bytes(kept.run))
         moments = [at_loss | dict.fromkeys(("backward", *(["buckets"] if asked_for else [])), 0)]
-        of_mlp, of_layer = self.model.trained_by_layer()
+        of_mlp, of_layer = self.model.trained_by_layer
         for layer in reversed(range(self.model.shape.layers)):
             if not kept.layers[layer].tape.saved:  # no gradient comes so far
                 break

@@ -1,4 +1,4 @@
-"""Plans for people and for programs: a table of one plan, a table of a sweep, JSON, a plot."""
+"""Plans for people and for programs: a table of one plan, a table of a sweep, JSON."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dlrscale.planner import search
 from dlrscale.planner.locking import LockPlan
 from dlrscale.planner.needs import CONTEXT_BYTES, FRAGMENTATION, gib, largest_micro_batch
 from dlrscale.planner.plan import Plan
-from dlrscale.planner.sides import BASE, LOCKED, Question, attack_plans, lock_plan, notes
+from dlrscale.planner.sides import BASE, LOCKED, Question, attack_plans, lock_plan, notes, searched
 from dlrscale.planner.time import hours, lock_bounds, step_bounds
 
 LOCK = "lock"
@@ -21,7 +22,8 @@ def asked(question: Question) -> dict[str, Any]:
     """What a question is about, as plain values."""
     found = {name: getattr(question, name, None) for name in (*AXES, "nodes", "attention", "layers", "rank")}
     found["strategy"] = question.entry.name
-    return found | {"zero": question.levers.zero, "hardware": question.hardware.name}
+    free = question.search is not None and question.search.by_hand.zero is None
+    return found | {"zero": "searched" if free else question.levers.zero, "hardware": question.hardware.name}
 
 
 def memory(plan: Plan | LockPlan, question: Question) -> dict[str, Any]:
@@ -49,7 +51,12 @@ def attack_side(plan: Plan, question: Question, tokens: int | None) -> dict[str,
         "parameters": plan.model.total,
         "trained": plan.model.trained,
         **memory(plan, question),
-        "saved_bytes": {"held": kept.held_bytes, "peak": kept.peak_bytes, "by_part": kept.by_part()},
+        "saved_bytes": {
+            "held": kept.held_bytes,
+            "peak": kept.peak_bytes,
+            "host": kept.host_bytes,
+            "by_part": kept.by_part(),
+        },
         "flops_per_micro_batch": kept.flops(),
         "tokens_per_step": plan.tokens_per_step,
         "least_step_s": bounds,
@@ -62,8 +69,11 @@ def attack_side(plan: Plan, question: Question, tokens: int | None) -> dict[str,
 
 def describe(question: Question, *, tokens: int | None = None) -> dict[str, Any]:
     """The whole answer to a question about an attack: base and locked."""
-    plans = attack_plans(question)
+    found = searched(question)
+    plans = {side: one.winner.plan for side, one in found.items()} or attack_plans(question)
     sides = {side: attack_side(plan, question, tokens) for side, plan in plans.items()}
+    for side, one in found.items():
+        sides[side] |= {"searched": one.values(), "deepspeed_config": dict(one.winner.plan.ds_config)}
     about = {"asked": asked(question), "deepspeed_config": dict(question.ds_config), "notes": notes(question)}
     return about | sides
 
@@ -133,6 +143,7 @@ def verdict(name: str, side: Mapping[str, Any]) -> list[str]:
     """Whether it fits, the largest micro-batch, and the least time, in sentences."""
     fits = "fits" if side["fits"] else f"does not fit: {'; '.join(side['lacking'])}"
     lines = [f"{name}: {fits}; largest micro-batch {side['largest_micro_batch']}"]
+    lines += [f"  {line}" for line in (search.lines(side["searched"]) if "searched" in side else ())]
     bounds = side.get("least_step_s")
     if bounds:
         rates = ", ".join(f"{resource} {seconds:.3g} s" for resource, seconds in bounds.items())
@@ -178,40 +189,3 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 def as_json(answers: Sequence[Mapping[str, Any]], several: bool) -> str:
     """The answers as JSON: an object, or a list of them for a sweep."""
     return json.dumps(list(answers) if several else answers[0], indent=2)
-
-
-def draw(answers: Sequence[Mapping[str, Any]], file: str) -> None:
-    """Draw the peaks of a sweep against the last numeric thing that varies, a line per side and the rest.
-
-    Args:
-        answers: The answers of a sweep.
-        file: The PNG file to write.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    varied = varying(answers) or ["depth"]
-    numeric = [name for name in varied if all(isinstance(a["asked"][name], int) for a in answers)]
-    across = numeric[-1] if numeric else varied[-1]
-    sides = [name for name in (BASE, LOCKED, LOCK) if name in answers[0]]
-    lines: dict[str, list[tuple[Any, float]]] = {}
-    for answer in answers:
-        rest = ", ".join(f"{name} {answer['asked'][name]}" for name in varied if name != across)
-        for side in sides:
-            point = (answer["asked"][across], answer[side]["peak_bytes"] / 2**30)
-            lines.setdefault(f"{side} {rest}".strip(), []).append(point)
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for label, points in lines.items():
-        axes.plot(
-            *zip(*points, strict=True), marker="o", label=label, linestyle="--" if label.startswith(BASE) else "-"
-        )
-    axes.set(xlabel=across.replace("_", " "), ylabel="peak of a device, GiB", ylim=(0, None))
-    if numeric:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([a["asked"][across] for a in answers], [str(a["asked"][across]) for a in answers])
-    axes.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(file)
-    pyplot.close(figure)

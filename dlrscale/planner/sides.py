@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from dlrscale.planner.hardware import Hardware
 from dlrscale.planner.locking import LockPlan
 from dlrscale.planner.model import attacked, locked_shape
 from dlrscale.planner.plan import Plan, inside
+from dlrscale.planner.search import Found, search
 from dlrscale.shapes import ModelShape, presets
 from dlrscale.shapes.layout import layout
 
@@ -21,10 +22,20 @@ BASE, LOCKED = "base", "locked"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Search:
+    """What a strategy that searches may choose from: what was given by hand, and what DeepSpeed gets with levers."""
+
+    by_hand: catalogue.Levers
+    gradient: str | None
+    configure: Callable[[catalogue.Levers], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Question:
     """What a plan is asked about, all of it decided.
 
-    `ds_config` is what DeepSpeed would get, without "auto".
+    `ds_config` is what DeepSpeed would get, without "auto". Where the strategy searches, `search` is there, and
+    `levers` and `ds_config` are those of its defaults.
     """
 
     config: Mapping[str, Any]
@@ -44,6 +55,7 @@ class Question:
     layers: str | None
     attention: str
     hardware: Hardware
+    search: Search | None = None
 
     @property
     def setup(self) -> dict[str, Any]:
@@ -108,6 +120,8 @@ def attack_plans(question: Question) -> dict[str, Plan]:
     Raises:
         ConfigError: If the model or the lock cannot be.
     """
+    if question.search:
+        return {side: found.winner.plan for side, found in searched(question).items()}
     return {
         side: Plan(
             model=attacked(question.config, shape, question.entry, question.knobs),
@@ -116,6 +130,17 @@ def attack_plans(question: Question) -> dict[str, Plan]:
         )
         for side, shape in sides(question).items()
     }
+
+
+def searched(question: Question) -> dict[str, Found]:
+    """What the strategy of a question has found for base and locked model; empty where it does not search."""
+    by, found = question.search, {}
+    for side, plan in attack_plans(replace(question, search=None)).items() if by else ():
+        found[side] = search(
+            plan, question.config, question.entry, by.by_hand, by.gradient, question.knobs, by.configure,
+            question.hardware,
+        )  # fmt: skip
+    return found
 
 
 def notes(question: Question) -> list[str]:

@@ -19,7 +19,8 @@ import forks
 
 from dlrscale import catalogue, record
 from dlrscale.cli import attack_configs
-from dlrscale.cli.run import choose_levers, resolve
+from dlrscale.cli.levers import choose_levers
+from dlrscale.cli.run import resolve
 from dlrscale.config import LockConfig, RunConfig
 from dlrscale.errors import DlrscaleError
 

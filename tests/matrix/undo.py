@@ -12,7 +12,8 @@ from pathlib import Path
 import forks
 
 from dlrscale import catalogue
-from dlrscale.cli.run import choose_levers, resolve
+from dlrscale.cli.levers import choose_levers
+from dlrscale.cli.run import resolve
 from dlrscale.config import LockConfig
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

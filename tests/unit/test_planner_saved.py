@@ -104,7 +104,7 @@ def test_trained_tensors_of_every_set(make_model, family, changes, trainable):
         planned = planned_model.attacked(config, shape, catalogue.strategy(STRATEGIES[trainable]), KNOBS)
         tensors = [(numel, trained) for numel, trained, count in planned.tensors() for _ in range(count)]
         assert tensors == [(p.numel(), p.requires_grad) for p in model.parameters()]
-        by_layer = sum(planned.trained_by_layer()[1])
+        by_layer = sum(planned.trained_by_layer[1])
         outside = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not is_in_layer(n, shape))
         assert by_layer + outside == planned.trained
 

@@ -107,11 +107,15 @@ class Activations:
             return around + self._inputs[-1] + self.mask_bytes
         return around + sum(self.layer_bytes) + self.table_bytes
 
+    @property
+    def stream_held_bytes(self) -> int:
+        """What of embedding, layers and final norm is saved on the device when forward ends."""
+        return 0 if self.run.storage == HOST else self._stored_bytes()
+
     @cached_property
     def held_bytes(self) -> int:
         """Everything saved on the device when forward ends."""
-        inside = 0 if self.run.storage == HOST else self._stored_bytes()
-        return inside + self._ends[1].kept_bytes(parts={"head", "loss"})
+        return self.stream_held_bytes + self._ends[1].kept_bytes(parts={"head", "loss"})
 
     @cached_property
     def host_bytes(self) -> int:

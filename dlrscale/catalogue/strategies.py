@@ -146,7 +146,7 @@ ROWS: tuple[Strategy, ...] = (
         cost="1 forward, and 1 more and 1 backward of the k layers",
         trainable="last-k",
         trains=Trains(parts=frozenset({"attention", "mlp", "norm"}), last="last"),
-        knobs=(Knob(name="last", default=2, low=1, high=65536, text="k: trained decoder layers, counted from the end"),),
+        knobs=(Knob(name="last", default=2, low=1, high=65536, text="k: trained decoder layers, the last ones"),),
     ),
     Strategy(
         name="head",
@@ -161,7 +161,7 @@ ROWS: tuple[Strategy, ...] = (
         name="ladder",
         idea="a narrow side network on the outputs of all layers of the frozen model, which runs without a graph",
         source="LST, arXiv 2206.06522",
-        saved="D + d per token and layer, d = D / reduction the side's width; about D + 16 d where none is checkpointed",
+        saved="D + d per token and layer, d = D / reduction the side's width; about D + 16 d without checkpointing",
         cost="1 forward of the model; of the side, about reduction^2 times smaller, 2 forwards and 1 backward",
         trainable="ladder",
         trains=Trains(parts=frozenset(), side="reduction", merges=False),

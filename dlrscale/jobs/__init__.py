@@ -103,8 +103,8 @@ def check_trained(config: AttackConfig, shape: shapes.ModelShape) -> None:
     attacked(shapes.read_config(config.model), shape, config.entry, config.knobs)
     if config.save_model and not config.entry.trains.merges:
         raise ConfigError(
-            f"--save-model: what --trainable {config.entry.trainable} trains stands beside the model and does not merge "
-            "into its weights. Leave --save-model out: it is written to the folder adapter in any case."
+            f"--save-model: what --trainable {config.entry.trainable} trains stands beside the model and does not "
+            "merge into its weights. Leave --save-model out: it is written to the folder adapter in any case."
         )
 
 

@@ -58,6 +58,11 @@ class Activations:
         """What final norm, head and loss keep."""
         return self._ends[1].saved_bytes
 
+    @property
+    def norm_bytes(self) -> int:
+        """What the final norm keeps."""
+        return self._ends[1].by_part().get("norm", 0)
+
     @cached_property
     def layer_bytes(self) -> list[int]:
         """What each layer keeps while all of it is there; with checkpointing, without its input."""

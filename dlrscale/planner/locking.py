@@ -62,7 +62,9 @@ class LockPlan:
         """All parameter tensors: the base model's, frozen, and the DLR-Nets', trained."""
         yield from ((t.numel, False, t.count) for t in parameters(self.base, self.parts))
         for layer in self.shape.ranks:
-            yield from ((t.numel, True, t.count) for t in layer_tensors(self.shape, self.parts, layer) if t.part == "mlp")
+            yield from (
+                (t.numel, True, t.count) for t in layer_tensors(self.shape, self.parts, layer) if t.part == "mlp"
+            )
 
     @cached_property
     def states(self) -> dict[str, Term]:

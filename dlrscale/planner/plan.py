@@ -96,12 +96,8 @@ class Plan:
             "saved tensors": kept.held_bytes,
             "logits and loss": workspace.loss_forward_bytes(kept.run),
         }
-        if self.model.training.first or self.model.training.side:  # layers that keep nothing take their room in passing
-            inside = {
-                "saved tensors": kept.stream_held_bytes if self.model.training.side else 0,
-                "inside a layer": max(workspace.passing_bytes(kept.run, i) for i in {0, self.model.shape.layers - 1}),
-            }
-            passing = states_in(self.states, FORWARD) | inside
+        if self.model.training.first:  # layers that keep nothing take their room in passing
+            passing = states_in(self.states, FORWARD) | workspace.passing_bytes(kept.run)
             forward_pass = max(forward_pass, passing, key=lambda terms: sum(terms.values()))
         return Needs(
             states=self.states,
@@ -139,6 +135,8 @@ class Plan:
                 break
             alive, beside = kept.alive_bytes(layer), workspace.attention_bytes(kept)
             if model.training.side:
+                behind = alive + kept.norm_bytes if layer == model.shape.layers - 1 else 0
+                moments.append(moment(0, behind, "inside a layer", workspace.norm_bytes(kept)))
                 moments.append(moment(done, alive, "inside a layer", workspace.side_bytes(kept)))
                 done += of_layer[layer]
                 continue

@@ -58,9 +58,9 @@ class Tape:
 
     `saved` is bytes by storage with the part that saved it first. `recomputed_flops` are forward's up to the last thing
     that is saved: torch's checkpointing stops there when it runs a part again. `kernel_flops` are what fused kernels
-    compute again inside themselves in backward, `fused_flops` those that they compute in forward. `device` is `cuda` or `cpu`, where they differ. `zero3`: DeepSpeed's
-    own function stands in the place of torch's linear map (zero/linear.py, `LinearFunctionForZeroStage3`); it keeps
-    its input, when it has run, also where the weight is frozen.
+    compute again inside themselves in backward, `fused_flops` what they do in forward. `device`: `cuda` or `cpu`, where
+    they differ. `zero3`: DeepSpeed's own function stands in the place of torch's linear map (zero/linear.py,
+    `LinearFunctionForZeroStage3`); it keeps its input, when it has run, also where the weight is frozen.
     """
 
     batch: int

@@ -146,7 +146,8 @@ VALUES = {axis: set(catalogue.choices(axis)) - {usual} for axis, usual in catalo
 
 def test_the_catalogue_and_the_files_of_attacks_hold_together():
     """One file per value of an axis, and one per lever that acts inside a model, named after its strategy."""
-    files = {f.stem.replace("_", "-") for f in (PACKAGE / "attacks").glob("*.py")} - {"--init--", "levers", "stored", "chosen"}
+    shared = {"--init--", "levers", "stored", "chosen"}
+    files = {f.stem.replace("_", "-") for f in (PACKAGE / "attacks").glob("*.py")} - shared
     values = set().union(*VALUES.values())
     assert values <= files
     assert files - values <= set(catalogue.STRATEGIES)

@@ -127,8 +127,8 @@ def test_peak_of_small_trainable_sets_against_live_tensors(make_llama, trainable
         plan.__dict__["states"] = dict.fromkeys(plan.states, states.Term()) | {"gradients": gradients}
         planned = max(plan.needs.peaks[phase] for phase in (states.FORWARD, states.BACKWARD))
         off = planned / live.peak - 1
-        print(f"D {width}, K {depth}, V {vocabulary}, {trainable}, {checkpointing}: {off:+.2%}", plan.needs.device_terms, live.peak)
-        assert abs(off) < 0.1
+        print(f"D {width}, K {depth}, V {vocabulary}, {trainable}, {checkpointing}: {off:+.2%}")
+        assert abs(off) < 0.08
 
 
 @pytest.mark.parametrize("strategy", ["full", "ckpt-layer", "lora", "norms", "last-k", "head", "ladder"])

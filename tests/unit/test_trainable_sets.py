@@ -1,4 +1,4 @@
-"""The trainable sets norms, last-k, head and ladder on live models: what is trained, what gradients pass, what is kept."""
+"""The trainable sets norms, last-k, head and ladder on live models: what is trained, where gradients go."""
 
 import copy
 
@@ -62,7 +62,7 @@ def test_no_gradient_goes_into_frozen_layers(make_llama, name):
     seen = []
     inner = model.model if name == "ladder" else model
     for layer in inner.model.layers:
-        layer.register_forward_hook(lambda module, args, output: seen.append((args[0].requires_grad, output.requires_grad)))
+        layer.register_forward_hook(lambda _, args, output: seen.append((args[0].requires_grad, output.requires_grad)))
     loss(model, tokens()).backward()
     assert seen[:2] == [(False, False), (False, name == "last-k")]
     assert len(seen) == 2

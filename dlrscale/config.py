@@ -135,7 +135,14 @@ class LockConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(RunConfig):
-    """An attack: one strategy on one model, locked or not; an axis that is None is the strategy's own."""
+    """An attack: one strategy on one model, locked or not; an axis that is None is the strategy's own.
+
+    `heldout_part` is the part of the held-out task data that is used: `tune` in the trials of a search, `report` in the
+    runs that repeat its best settings, None for all. `search` is the id of such a search, of `search_trials` trials;
+    `trial` the number of the trial that a run is, or whose settings it repeats. A trial ends early where its best loss
+    at its n-th evaluation is above the n-th of `stop_above`. `target` is a loss in nats; `base_result` is what the same
+    attack did on the base (`search.base_result`), for the gates.
+    """
 
     kind: str = "attack"
     strategy: str = "ckpt-layer"
@@ -144,8 +151,21 @@ class AttackConfig(RunConfig):
     gradient: str | None = None
     knobs: dict[str, float | str] = dataclasses.field(default_factory=dict)
     heldout_base: str | None = None
+    public_data: str | None = None
     save_model: bool = False
     lock_id: str | None = None
+    heldout_part: str | None = None
+    search: str | None = None
+    search_trials: int = 0
+    trial: int | None = None
+    stop_above: list[float | None] = dataclasses.field(default_factory=list)
+    target: float | None = None
+    base_result: dict[str, Any] | None = None
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether this is a trial of a search, and no result."""
+        return self.heldout_part == "tune"
 
     @property
     def entry(self) -> catalogue.Strategy:
@@ -157,6 +177,20 @@ class AttackConfig(RunConfig):
         """The resolved choice on the four axes."""
         levers = catalogue.Levers(**{f.name: getattr(self, f.name) for f in dataclasses.fields(catalogue.Levers)})
         return catalogue.axes(self.entry, levers, self.knobs)
+
+    def faults(self) -> list[str]:
+        """What is wrong with these settings, one sentence each."""
+        found, asked = super().faults(), self.knobs.get("text") == "public"
+        if asked and not self.public_data:
+            found.append("--set text=public needs a public text: name it with --public-data.")
+        if self.public_data and not asked:
+            found.append(
+                f"--public-data {self.public_data}: this strategy does not read it. Leave it out, or take --strategy "
+                "undistil with --set text=public."
+            )
+        if self.dtype == "fp16" and self.entry.transform in ("undistil", "drop-blocks"):
+            found.append(f"--dtype fp16: {self.entry.transform} distils, as a lock does, in fp32 or bf16 alone.")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +245,7 @@ KINDS: dict[str, type[RunConfig]] = {
     "pretrain": PretrainConfig,
 }
 # Settings whose value is a place, which counts by what lies there.
-PLACES = ("model", "base", "data", "heldout", "heldout_base", "chat_template")
+PLACES = ("model", "base", "data", "heldout", "heldout_base", "public_data", "chat_template")
 
 
 def to_json(config: RunConfig) -> str:
@@ -247,6 +281,8 @@ def identify(config: RunConfig, deepspeed_config: Mapping[str, Any]) -> dict[str
         for key in ("strategy", *catalogue.AXES):
             values.pop(key)
         values["axes"] = {k: v for k, v in config.axes.items() if k != "levers"}
+        if config.heldout_part is None:
+            values.pop("heldout_part")
     for key in PLACES:
         if values.get(key):
             values[key] = digest(values[key])

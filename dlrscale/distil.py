@@ -1,9 +1,12 @@
-"""Module-wise distillation of DLR-Nets, hardening, and the end-to-end heal that follows.
+"""Module-wise distillation of DLR-Nets, hardening, and the end-to-end heal that follows; the lock run backwards too.
 
 Per token: e = ||student(x) - y||^2 / (||y||^2 + f), with y the base MLP's output on the same x and f the layer's
 median of ||y||^2 on the calibration set; the loss is the mean of e over the tokens of all ranks. Hardening adds
 w max(0, t - e_flat), where e_flat is the same error with every block reading x alone. No gradient crosses a
 layer: each layer's backward runs inside its own visit, so one DLR-Net's activations live at a time.
+
+An attacker's regression of MLPs on DLR-Nets, and the heal of shortened ones, are the same with the locked model as the
+teacher and without hardening.
 """
 
 from __future__ import annotations
@@ -39,23 +42,30 @@ def forward(engine: Engine, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @dataclass
 class Distiller:
-    """The objectives of a lock on the switches of one model.
+    """The objectives of a lock, or of an attack on one, on the switches of one model.
 
-    `floors` is f by layer, set by `calibrate` or from a checkpoint.
+    `config` is None where no lock is made: students get no b, and are not hardened. `floors` is f by layer, set by
+    `calibrate` or from a checkpoint. `metrics` is what the names of the error's metrics begin with.
     """
 
     switches: list[Switch]
-    config: LockConfig
+    config: LockConfig | None = None
     floors: dict[int, float] = field(default_factory=dict)
+    metrics: str = "lock"
+
+    @property
+    def hardens(self) -> bool:
+        """Whether students are trained to be useless when flattened."""
+        return self.config is not None and self.config.harden
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters of all DLR-Nets."""
+        """The parameters of all students."""
         return [p for s in self.switches for p in s.net.parameters()]
 
     @torch.no_grad()
     def calibrate(self, engine: Engine, batches: Iterable[dict[str, torch.Tensor]]) -> dict[int, float]:
-        """Set every b, once, and every floor, by forward passes of the base model.
+        """Set every b of a lock, once, and every floor, by forward passes of the teacher.
 
         Every rank runs the same sequences one by one, so that the medians are the same at any number of
         ranks; rank 0's are taken for all.
@@ -65,7 +75,7 @@ class Distiller:
             batches: `input_ids` and `attention_mask`, int64 (B, T) each, the same on every rank.
 
         Returns:
-            b by layer.
+            b by layer; empty where no lock is made.
         """
         norms: dict[int, list[torch.Tensor]] = {s.layer: [] for s in self.switches}
 
@@ -81,20 +91,20 @@ class Distiller:
         found = torch.empty(len(self.switches), 2, dtype=torch.float64)
         for row, switch in enumerate(self.switches):
             inputs, outputs = torch.cat(norms[switch.layer], dim=1)
-            found[row, 0] = dlr.coupling_scale(self.config.coupling, inputs, outputs)
+            found[row, 0] = dlr.coupling_scale(self.config.coupling, inputs, outputs) if self.config else 0.0
             found[row, 1] = outputs.square().median()
         found = found.to(engine.device)
         if engine.rank:
             found.zero_()
         engine.sum_over_ranks(found)
-        scales = {s.layer: float(found[i, 0]) for i, s in enumerate(self.switches)}
+        scales = {s.layer: float(found[i, 0]) for i, s in enumerate(self.switches)} if self.config else {}
         self.floors = {s.layer: float(found[i, 1]) for i, s in enumerate(self.switches)}
         self.set_scales(scales)
         return scales
 
     def set_scales(self, scales: dict[int, float]) -> None:
         """Write b into the buffer of every DLR-Net."""
-        for switch in self.switches:
+        for switch in self.switches if scales else ():
             switch.net.b.fill_(scales[switch.layer])
 
     def distil_step(self, engine: Engine, batch: StepBatch, phases: Phases) -> dict[str, float]:
@@ -113,7 +123,7 @@ class Distiller:
                 x, floor = x.detach(), self.floors[switch.layer]
                 error = token_error(switch.net(x), y.detach(), floor)
                 per_token = error
-                if self.config.harden:
+                if self.hardens:
                     flat = token_error(switch.net(x, flat=True), y.detach(), floor)
                     per_token = error + self.config.harden_weight * F.relu(self.config.harden_target - flat)
                 loss = (per_token * mask).sum()
@@ -131,12 +141,13 @@ class Distiller:
         with phases.phase("optimizer"):
             norm = engine.step()
         loss, error = (engine.sum_over_ranks(sums) / (batch.tokens * len(self.switches))).tolist()
-        return {"loss/train": loss, "lock/error_mean": error, "optim/grad_norm": norm}
+        return {"loss/train": loss, f"{self.metrics}/error_mean": error, "optim/grad_norm": norm}
 
     def heal_step(self, engine: Engine, batch: StepBatch, phases: Phases) -> dict[str, float]:
-        """One step of end-to-end distillation: KL(base || locked) on the logits, in nats per token.
+        """One step of end-to-end distillation: KL(teacher || student) on the logits, in nats per token.
 
-        Hardening stays, against the student's own detached output, summed over layers.
+        Hardening stays, against the student's own detached output, summed over layers. The students answer while going
+        backward too, where layers may be run again.
         """
         sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
         scale = engine.world_size * len(batch.micro_batches) / batch.tokens
@@ -151,27 +162,27 @@ class Distiller:
             micro = {k: v.to(engine.device) for k, v in micro.items()}
             mask = micro["attention_mask"].float().flatten()
             penalties.clear()
-            with phases.phase("forward"):
-                with torch.no_grad(), mode(self.switches, "teacher"):
-                    teacher = forward(engine, micro).float().log_softmax(-1)
-                with mode(self.switches, "student", visit if self.config.harden else None):
+            with phases.phase("forward"), torch.no_grad(), mode(self.switches, "teacher"):
+                teacher = forward(engine, micro).float().log_softmax(-1)
+            with mode(self.switches, "student", visit if self.hardens else None):
+                with phases.phase("forward"):
                     student = forward(engine, micro).float().log_softmax(-1)
-                kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-                divergence = (kl.flatten() * mask).sum()
-                loss = divergence
-                if penalties:
-                    loss = loss + self.config.heal_harden_weight * torch.stack(penalties).sum()
-            with phases.phase("backward"):
-                engine.backward(loss, scale)
+                    kl = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+                    divergence = (kl.flatten() * mask).sum()
+                    loss = divergence
+                    if penalties:
+                        loss = loss + self.config.heal_harden_weight * torch.stack(penalties).sum()
+                with phases.phase("backward"):
+                    engine.backward(loss, scale)
             sums += torch.stack([loss.detach(), divergence.detach()]).double()
         with phases.phase("optimizer"):
             norm = engine.step()
         loss, divergence = (engine.sum_over_ranks(sums) / batch.tokens).tolist()
-        return {"loss/train": loss, "lock/kl": divergence, "optim/grad_norm": norm}
+        return {"loss/train": loss, f"{self.metrics}/kl": divergence, "optim/grad_norm": norm}
 
     @torch.no_grad()
     def layer_errors(self, engine: Engine, data: TokenData, batch: int, pad_id: int) -> dict[int, float]:
-        """sum ||student(x) - y||^2 / sum ||y||^2 over held-out tokens, by layer, on the base model's stream."""
+        """sum ||student(x) - y||^2 / sum ||y||^2 over held-out tokens, by layer, on the teacher's stream."""
         sums = torch.zeros(len(self.switches), 2, dtype=torch.float64, device=engine.device)
         rows = {s.layer: i for i, s in enumerate(self.switches)}
 
@@ -190,7 +201,7 @@ class Distiller:
         return {s.layer: float(ratios[i, 0] / ratios[i, 1]) for i, s in enumerate(self.switches)}
 
     def weights(self, engine: Engine) -> dict[int, dict[str, torch.Tensor]]:
-        """Whole weights and buffers of every DLR-Net on the CPU of rank 0 (elsewhere empty); all ranks call it."""
+        """Whole weights and buffers of every student on the CPU of rank 0 (elsewhere empty); all ranks call it."""
         taken: dict[int, dict[str, torch.Tensor]] = {}
         for switch in self.switches:
             with engine.gathered(list(switch.net.parameters())):

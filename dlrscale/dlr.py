@@ -5,6 +5,7 @@ Legend: D model width, F inner width, R_k rank of block k, S = sum(R_k), K block
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,3 +129,54 @@ def flat_weights(net: DLRNet) -> MLPWeights:
         up_bias=torch.cat([h[-1] for h in bias_halves]) if bias else None,
         down_bias=net.bias,
     )
+
+
+def grouped(net: DLRNet, group: int) -> dict[str, torch.Tensor]:
+    """The state of the net whose every `group` consecutive blocks were made one, which reads what the first one does.
+
+    Such a block has A = [A_i; ..], B = [B_i ..]; in the gated form all gate rows stand before all up rows. What is lost
+    is the coupling inside a group. A norm in front is the same for all blocks that read one u, so that prenorm groups
+    too.
+
+    Args:
+        net: The DLR-Net.
+        group: How many blocks become one; the last group may be smaller.
+
+    Returns:
+        State of a net of ceil(K / group) blocks of the same form.
+    """
+    halves = 2 if net.gated else 1
+
+    def stacked(parts: list[torch.Tensor]) -> torch.Tensor:
+        by_half = zip(*(part.detach().chunk(halves) for part in parts), strict=True)
+        return torch.cat([half for same in by_half for half in same])
+
+    found = {k: v.detach() for k, v in net.state_dict().items() if not k.startswith("blocks.")}
+    for index, start in enumerate(range(0, len(net.blocks), group)):
+        blocks, name = net.blocks[start : start + group], f"blocks.{index}"
+        found[f"{name}.a_proj.weight"] = stacked([b.a_proj.weight for b in blocks])
+        if blocks[0].a_proj.bias is not None:
+            found[f"{name}.a_proj.bias"] = stacked([b.a_proj.bias for b in blocks])
+        found[f"{name}.b_proj.weight"] = torch.cat([b.b_proj.weight.detach() for b in blocks], dim=1)
+    return found
+
+
+def without_others(net: DLRNet, kept: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The state of the net of which only some blocks, in their order, are left."""
+    state = {k: v.detach() for k, v in net.state_dict().items()}
+    found = {k: v for k, v in state.items() if not k.startswith("blocks.")}
+    for index, block in enumerate(kept):
+        own = f"blocks.{block}."
+        found |= {f"blocks.{index}.{k.removeprefix(own)}": v for k, v in state.items() if k.startswith(own)}
+    return found
+
+
+@torch.no_grad()
+def block_shares(net: DLRNet, x: torch.Tensor) -> torch.Tensor:
+    """||B_k s_k|| / ||d_K|| of every block and token, in fp32; x (..., D) gives (K, tokens)."""
+    outs, d = [], None
+    for block in net.blocks:
+        outs.append(block.b_proj(net.code(block, x if d is None else x + net.b * d)))
+        d = outs[-1] if d is None else d + outs[-1]
+    whole = d.float().norm(dim=-1).flatten().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.stack([out.float().norm(dim=-1).flatten() for out in outs]) / whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,31 @@ def locked_model(
     Returns:
         The locked model on the CPU, in eval mode.
     """
-    base = models.load_model(base_folder, dtype)
-    shape = shapes.model_shape(base.config.to_dict())
+    return with_nets(models.load_model(base_folder, dtype), form, nets)
+
+
+def with_nets(source: PreTrainedModel, form: str, nets: Mapping[int, dict[str, torch.Tensor]]) -> PreTrainedModel:
+    """Build a locked model from another model, locked in the same layers or not at all, and DLR-Nets.
+
+    Args:
+        source: The model that all but the DLR-Nets comes from; it stays as it is.
+        form: The form of the DLR-Nets.
+        nets: State of each DLR-Net by layer.
+
+    Returns:
+        The locked model on the CPU, in the source's dtype and in eval mode.
+    """
+    shape = shapes.model_shape(source.config.to_dict())
     config_class, model_class = models.locked_classes(shape.family)
     ranks = {str(layer): _ranks(state) for layer, state in nets.items()}
-    values = base.config.to_dict() | {"dlr": {"form": form, "ranks": ranks}}
+    values = source.config.to_dict() | {"dlr": {"form": form, "ranks": ranks}}
     for key in ("model_type", "architectures", "auto_map"):
         values.pop(key, None)
-    locked = model_class._from_config(config_class(**values), dtype=models.DTYPES[dtype])
-    state = _without_mlps(base, shape, nets)
+    locked = model_class._from_config(config_class(**values), dtype=source.dtype)
+    state = _without_mlps(source, shape, nets)
     for layer, net in nets.items():
         state |= {f"{shape.family.mlp.format(layer)}.{k}": v for k, v in net.items()}
-    return _finish(locked, state, base)
+    return _finish(locked, state, source)
 
 
 def _without_mlps(model: PreTrainedModel, shape: ModelShape, layers: Iterable[int]) -> dict[str, torch.Tensor]:
@@ -97,6 +110,16 @@ def flattened_model(locked: PreTrainedModel) -> PreTrainedModel:
         net = locked.get_submodule(shape.family.mlp.format(layer))
         flat[layer] = _as_family(dlr.flat_weights(net), shape)
     inner = max(weights.up.shape[0] for weights in flat.values())
+    model = _ordinary(locked, shape, inner, biased)
+    state = _without_mlps(locked, shape, flat)
+    for layer, weights in flat.items():
+        home = shape.family.home(layer)
+        state |= {f"{home}.{k}": v for k, v in _mlp_state(weights, shape.family, inner, biased).items()}
+    return _finish(model, state, locked)
+
+
+def _ordinary(locked: PreTrainedModel, shape: ModelShape, inner: int, biased: bool) -> PreTrainedModel:
+    """A model of random weights of the base's own class, with MLPs of some inner width."""
     values = locked.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "dlr"):
         values.pop(key, None)
@@ -104,12 +127,25 @@ def flattened_model(locked: PreTrainedModel) -> PreTrainedModel:
     if biased and isinstance(shape.family.bias, str):
         values[shape.family.bias] = True
     config = AutoConfig.for_model(shape.family.model_type, **values)
-    model = _base_class(shape.family)._from_config(config, dtype=locked.dtype)
-    state = _without_mlps(locked, shape, flat)
-    for layer, weights in flat.items():
-        home = shape.family.home(layer)
-        state |= {f"{home}.{k}": v for k, v in _mlp_state(weights, shape.family, inner, biased).items()}
-    return _finish(model, state, locked)
+    return _base_class(shape.family)._from_config(config, dtype=locked.dtype)
+
+
+def fresh_model(locked: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Put MLPs of random weights, as the family starts them, in the place of a locked model's DLR-Nets.
+
+    Args:
+        locked: A locked model; it stays as it is. Its configuration keeps the base's inner width.
+        seed: Of the random weights.
+
+    Returns:
+        A model of the base's own class, in the same dtype and in eval mode.
+    """
+    shape = shapes.model_shape(locked.config.to_dict())
+    torch.manual_seed(seed)
+    model = _ordinary(locked, shape, shape.inner, shape.mlp_bias)
+    prefixes = tuple(prefix for layer in shape.ranks for prefix in shape.family.state_prefixes(layer))
+    new = {k: v for k, v in model.state_dict().items() if k.startswith(prefixes)}
+    return _finish(model, _without_mlps(locked, shape, shape.ranks) | new, locked)
 
 
 def _base_class(family: Family) -> type[PreTrainedModel]:
@@ -235,6 +271,32 @@ def save_attacked(
     if manifest is not None:
         manifest |= {"attacked": {"id": run_id, "strategy": strategy}}
     save_folder(model, tokenizer, folder, {}, manifest)
+
+
+def transformed_manifest(folder: Path, model: PreTrainedModel, transform: str, knobs: Mapping[str, Any]) -> dict | None:
+    """The manifest of a locked model that a transform has made of another one, by its shape.
+
+    Args:
+        folder: The folder of the model that was transformed.
+        model: What it was transformed into.
+        transform: The transform.
+        knobs: The strategy's knobs.
+
+    Returns:
+        The content of its lock.json; None where the first one has none. `ranks` is by layer where layers differ.
+    """
+    manifest, shape = folders.read_manifest(folder), shapes.model_shape(model.config.to_dict())
+    if manifest is None:
+        return None
+    ratios = [shapes.param_ratio(shape.form, shape, ranks) for ranks in shape.ranks.values()]
+    by_layer = {str(layer): list(ranks) for layer, ranks in shape.ranks.items()}
+    first = next(iter(by_layer.values()))
+    return manifest | {
+        "depth": max(map(len, by_layer.values())),
+        "ranks": first if all(ranks == first for ranks in by_layer.values()) else by_layer,
+        "param_ratio": sum(ratios) / len(ratios),
+        "transformed": {"transform": transform, "knobs": dict(knobs)},
+    }
 
 
 def _drop_absolute_paths(config_file: Path) -> None:

@@ -305,7 +305,9 @@ def _manifest_faults(folder: Path, config: Mapping[str, Any], manifest: Mapping[
         yield f"{file} lies beside a model that is not locked (config.json has no dlr). Delete it, or name another."
         return
     layers = manifest["layers"] if isinstance(manifest["layers"], list) else []
-    told = {"form": manifest["form"], "ranks": {str(layer): manifest["ranks"] for layer in layers}}
+    ranks = manifest["ranks"]
+    by_layer = ranks if isinstance(ranks, dict) else {str(layer): ranks for layer in layers}
+    told = {"form": manifest["form"], "ranks": by_layer}
     wrong = [key for key, value in told.items() if dlr.get(key) != value]
     if wrong:
         yield (

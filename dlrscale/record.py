@@ -53,6 +53,12 @@ UNIDENTIFIED_KEYS = frozenset(
         "hardware",
         "hardware_file",
         "force",
+        "search",
+        "search_trials",
+        "trial",
+        "stop_above",
+        "target",
+        "base_result",
     }
 )
 
@@ -291,7 +297,7 @@ def versions() -> dict[str, str]:
     """Versions of the packages that a result depends on."""
     import platform
 
-    names = ("dlrscale", "torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "mlflow")
+    names = ("dlrscale", "torch", "deepspeed", "transformers", "datasets", "accelerate", "peft", "mlflow", "optuna")
     found = {"python": platform.python_version()}
     for name in names:
         try:

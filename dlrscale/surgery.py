@@ -1,8 +1,8 @@
-"""Put a DLR-Net beside each MLP of a base model, so that teacher and student share one backbone."""
+"""Put a student beside each MLP or DLR-Net of a model, so that teacher and student share one backbone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -19,16 +19,17 @@ Visit = Callable[["Switch", torch.Tensor, torch.Tensor], None]
 
 
 class Switch(nn.Module):
-    """An MLP and its DLR-Net in one place; `mode` says which of them answers.
+    """A teacher and the net that learns from it in one place; `mode` says which of them answers.
 
-    `teacher`: the MLP. `student`: the DLR-Net. `flat`: the DLR-Net with every block reading x alone.
-    With a `visit` set, it is called with (switch, x, output) in the modes teacher and student.
+    A lock teaches a DLR-Net what the MLP does, `undistil` an MLP what the DLR-Net does, `drop-blocks` a DLR-Net what a
+    deeper one does. `teacher`: the teacher answers. `student`: the net. `flat`: the net, a DLR-Net, with every block
+    reading x alone. With a `visit` set, it is called with (switch, x, output) in the modes teacher and student.
     """
 
-    def __init__(self, layer: int, mlp: nn.Module, net: DLRNet):
+    def __init__(self, layer: int, teacher: nn.Module, net: nn.Module):
         super().__init__()
         self.layer = layer
-        self.mlp = mlp
+        self.teacher = teacher
         self.net = net
         self.mode = "teacher"
         self.visit: Visit | None = None
@@ -37,7 +38,7 @@ class Switch(nn.Module):
         """Answer as `mode` says; x and the answer are (..., D)."""
         if self.mode == "flat":
             return self.net(x, flat=True)
-        out = self.mlp(x) if self.mode == "teacher" else self.net(x)
+        out = self.teacher(x) if self.mode == "teacher" else self.net(x)
         if self.visit is not None:
             self.visit(self, x, out)
         return out
@@ -79,11 +80,34 @@ def install(model: PreTrainedModel, shape: ModelShape, config: LockConfig) -> li
         # A DLR-Net has the MLP's dropout, which a teacher's student has not.
         switches.append(Switch(layer, mlp, net).eval())
     # Nothing of the model changes before all of them are there.
+    put(model, shape, switches)
+    return switches
+
+
+def install_students(model: PreTrainedModel, shape: ModelShape, nets: Mapping[int, nn.Module]) -> list[Switch]:
+    """Put a net of an attacker's beside the DLR-Net of each locked layer; only these nets stay trainable.
+
+    Args:
+        model: The locked model, on the CPU.
+        shape: Its shape.
+        nets: What is to learn from each DLR-Net, by layer.
+
+    Returns:
+        The switches, by layer.
+    """
+    switches = [
+        Switch(layer, model.get_submodule(shape.family.mlp.format(layer)), net).eval() for layer, net in nets.items()
+    ]
+    put(model, shape, switches)
+    return switches
+
+
+def put(model: PreTrainedModel, shape: ModelShape, switches: list[Switch]) -> None:
+    """Put switches in their places in a model, and leave nothing but their nets trainable."""
     model.requires_grad_(False)
     for switch in switches:
         switch.net.requires_grad_(True)
         models.put_mlp(model, shape.family, switch.layer, switch)
-    return switches
 
 
 @contextmanager

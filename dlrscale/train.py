@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from dlrscale.measure import Phases, SavedBytes
 
 TIMING_WARMUP_STEPS = 2
 CHECKPOINT_FOLDER = "checkpoints"
+HELDOUT = "loss/heldout_task"
 
 
 class Diverged(Exception):
@@ -79,7 +80,9 @@ class Stage:
 class Loop:
     """Everything that the steps of a run share.
 
-    `state` travels with every checkpoint; `evaluate` gives held-out metrics when `--eval-every` asks for them.
+    `state` travels with every checkpoint; `evaluate` gives held-out metrics when `--eval-every` asks for them. Where
+    the best held-out loss at the n-th evaluation is above the n-th of `stop_above`, the run ends `pruned_at` that step.
+    `part` is what the names of its files in `out` begin with, where it is not the run's own training.
     """
 
     config: RunConfig
@@ -90,12 +93,20 @@ class Loop:
     sink: Sink | None = None
     state: dict[str, Any] = field(default_factory=dict)
     evaluate: Callable[[], dict[str, float]] | None = None
+    stop_above: Sequence[float | None] = ()
+    pruned_at: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
+    part: str = ""
 
     @property
     def checkpoint_folder(self) -> Path:
         """Where this run's checkpoints lie."""
-        return self.out / CHECKPOINT_FOLDER
+        return self.out / f"{self.part}{CHECKPOINT_FOLDER}"
+
+    @property
+    def steps_file(self) -> Path:
+        """Where this run's step rows lie."""
+        return self.out / f"{self.part}{record.STEPS_FILE}"
 
     def resume(self) -> int:
         """Go on from the checkpoint that the engine has found; returns the steps done, 0 for a fresh start."""
@@ -103,7 +114,7 @@ class Loop:
         if self.engine.checkpoint is not None:
             self.state = self.engine.load()
             done = self.engine.checkpoint.step
-        steps = self.out / record.STEPS_FILE
+        steps = self.steps_file
         if steps.exists():
             self.rows = [row for row in record.read_lines(steps) if row["step"] <= done]
         if self.engine.rank == 0:
@@ -144,9 +155,20 @@ class Loop:
                 with self.phases.phase("evaluate"):
                     row |= self.evaluate()
             self.write(row)
+            if done < last and self.is_hopeless():
+                self.pruned_at = done
+                break
             if self.config.checkpoint_every and (done % self.config.checkpoint_every == 0 or done == last):
                 self.save(done)
         return done
+
+    def is_hopeless(self) -> bool:
+        """Whether the newest row has an evaluation by which this run is not worth its end; rank 0 decides for all."""
+        if not self.stop_above or HELDOUT not in self.rows[-1]:
+            return False
+        losses = [row[HELDOUT] for row in self.rows if HELDOUT in row]
+        limit = self.stop_above[len(losses) - 1] if len(losses) <= len(self.stop_above) else None
+        return self.engine.gather(limit is not None and min(losses) > limit)[0]
 
     def step(self, stage: Stage, done: int) -> dict[str, Any]:
         """Do one step; returns its row."""
@@ -182,7 +204,7 @@ class Loop:
         """Add a row to the run's file and tell the tracker."""
         self.rows.append(row)
         if self.engine.rank == 0:
-            record.append_line(self.out / record.STEPS_FILE, row)
+            record.append_line(self.steps_file, row)
             if self.sink is not None:
                 self.sink.log_step({k: v for k, v in row.items() if "/" in k}, row["step"])
 
@@ -262,5 +284,8 @@ class LanguageModelling:
         self.counted["memory/saved_bytes_per_token"] = self.counter.total / tokens
         self.counted["memory/saved_mlp_bytes_per_token"] = sum(self.counter.by_part.values()) / tokens
         self.seen |= described(micro) | {"saved_bytes": self.counter.total}
+        if self.counter.on_host_bytes is not None:
+            self.counted["memory/offloaded_activation_bytes_per_token"] = self.counter.on_host_bytes / tokens
+            self.seen["offloaded_activation_bytes"] = self.counter.on_host_bytes
         self.counter = None
         return nats

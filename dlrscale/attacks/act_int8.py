@@ -35,8 +35,8 @@ class Codes:
 class Storage(Stored):
     """Keeps rows in 8 bits; see `Stored`."""
 
-    def __init__(self, attention: list[nn.Module]):
-        super().__init__(attention)
+    def __init__(self, model: nn.Module, attention: list[nn.Module]):
+        super().__init__(model, attention)
         self._allowed = [True]
         for module in attention:
             for part, allowed in ((module, False), *((child, True) for child in module.children())):

@@ -32,6 +32,8 @@ class OnHost:
 class Storage(Stored):
     """Keeps whole storages in host memory; see `Stored`."""
 
+    on_host = True
+
     def key(self, tensor: torch.Tensor) -> None:
         """One for all views of a storage."""
 

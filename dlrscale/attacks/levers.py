@@ -32,20 +32,30 @@ class Levers:
     def __init__(self, model: nn.Module, shape: ModelShape, config: AttackConfig, side: nn.Module | None = None):
         self.model = model
         self.on = True
-        for part in mlp_parts(model, shape).values():
+        self._other_way = self._inside = False
+        parts = mlp_parts(model, shape)
+        for label, part in parts.items():
+            if not label.isdigit():  # a piece of an MLP that is no module
+                continue
+            rest = [] if isinstance(part, DLRNet) else [p for name, p in parts.items() if name.startswith(f"{label}.")]
             ways = [part.forward]
             if isinstance(part, DLRNet):
                 ways += self._through_net(part, config, shape.activation)
             if config.tiles > 1:
-                ways.append(partial(tile_tokens.forward, ways[-1], config.tiles))
+                whole = partial(self._all_of, ways[-1], rest) if rest else ways[-1]
+                ways.append(partial(tile_tokens.forward, whole, config.tiles))
             if len(ways) > 1:
-                part.forward = partial(self._choose, ways[0], ways[-1])
+                trained = any(p.requires_grad for module in (part, *rest) for p in module.parameters())
+                part.forward = partial(self._choose, ways[0], ways[-1], trained)
+                for piece in rest:
+                    piece.forward = partial(self._pass_on, piece.forward)
         self.storage = None
         if config.activation_storage != "device":
             self.storage = {"host": act_offload, "int8": act_int8}[config.activation_storage].Storage(
-                attention_modules(model, shape)
+                model, attention_modules(model, shape)
             )
-            backbone = side or model.get_submodule(shape.family.mlp.partition(".{}")[0].rpartition(".")[0])
+            own = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside peft's wrapper
+            backbone = side or own.get_submodule(shape.family.mlp.partition(".{}")[0].rpartition(".")[0])
             backbone.forward = partial(self._stored, backbone.forward)
 
     def _through_net(self, net: DLRNet, config: AttackConfig, activation: str) -> list[Forward]:
@@ -57,8 +67,25 @@ class Levers:
             return [partial(ckpt_nested.forward, net, activation)]
         return []
 
-    def _choose(self, plain: Forward, way: Forward, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return way(x) if self.on and torch.is_grad_enabled() and not kwargs else plain(x, **kwargs)
+    def _choose(self, plain: Forward, way: Forward, trained: bool, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Through the module as it is, or the other way, where it is asked for a gradient."""
+        asked = torch.is_grad_enabled() and (trained or x.requires_grad)
+        self._other_way = self.on and asked and not kwargs
+        return way(x) if self._other_way else plain(x, **kwargs)
+
+    def _all_of(self, first: Forward, rest: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+        """An MLP that is no module, whose decoder layer calls it piece by piece."""
+        out, self._inside = first(x), True
+        try:
+            for piece in rest:
+                out = piece(out)
+        finally:
+            self._inside = False
+        return out
+
+    def _pass_on(self, own: Forward, x: torch.Tensor) -> torch.Tensor:
+        """A later piece of an MLP that is no module: where the first has done all of it in tiles, nothing is left."""
+        return x if self._other_way and not self._inside else own(x)
 
     def _stored(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         if not (self.on and torch.is_grad_enabled()):

@@ -13,17 +13,23 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Stored:
-    """A context for a forward pass in which tensors saved for backward are kept as `keep` says, parameters excepted.
+    """A context for a forward pass in which tensors saved for backward are kept as `keep` says.
 
-    `bytes` counts what was kept in that way since the context was last entered. `saved`, where set, is called with
-    every tensor that stays on the device after all, whether as autograd has it or in a smaller form; it returns what
-    to keep.
+    Parameters and the model's buffers, which are there anyway, stay. `bytes` counts what was kept in that way since the
+    context was last entered. `saved`, where set, is called with every tensor that stays on the device after all,
+    whether as autograd has it or in a smaller form; it returns what to keep.
+
+    `on_host` tells whether what it keeps lies in host memory.
 
     Args:
+        model: The model.
         attention: The modules in which attention's linear maps lie.
     """
 
-    def __init__(self, attention: list[nn.Module]):
+    on_host = False
+
+    def __init__(self, model: nn.Module, attention: list[nn.Module]):
+        self.model = model
         self.bytes = 0
         self.saved: Callable[[torch.Tensor], torch.Tensor] = _detached
         self._known: dict[Hashable, Any] = {}
@@ -46,8 +52,12 @@ class Stored:
         base = tensor._base if tensor._base is not None else tensor
         if isinstance(base, nn.Parameter):
             return tensor
+        if tensor.dim() == 0:  # a coupling b: a buffer
+            return self.saved(tensor)
         storage = tensor.untyped_storage()
         address = storage._cdata
+        if address in self._buffers:
+            return tensor
         key = (address, tensor._version, self.key(tensor))
         if key in self._known:
             kept = self._known[key]
@@ -71,6 +81,7 @@ class Stored:
 
     def __enter__(self) -> Stored:
         self.bytes = 0
+        self._buffers = {buffer.untyped_storage()._cdata for buffer in self.model.buffers()}
         self._hooks = saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
         return self

@@ -8,9 +8,17 @@ from __future__ import annotations
 from dlrscale.catalogue.axes import Knob, Levers, Strategy, Trains
 
 _LORA_KNOBS = (
-    Knob(name="rank", default=8, low=1, high=65536, text="rank of the adapters"),
-    Knob(name="alpha", default=16, low=1, high=65536, text="scale of the adapters, alpha / rank"),
-    Knob(name="dropout", default=0.0, low=0.0, high=0.99, text="dropout on the adapters' input"),
+    Knob(name="rank", default=8, low=1, high=65536, text="rank of the adapters", search=(2, 64), log=True),
+    Knob(
+        name="alpha",
+        default=16,
+        low=1,
+        high=65536,
+        text="scale of the adapters, alpha / rank",
+        search=(4, 128),
+        log=True,
+    ),
+    Knob(name="dropout", default=0.0, low=0.0, high=0.99, text="dropout on the adapters' input", search=(0.0, 0.2)),
 )
 
 ROWS: tuple[Strategy, ...] = (
@@ -128,6 +136,63 @@ ROWS: tuple[Strategy, ...] = (
         saved="as ckpt-layer on the base model",
         cost="no training for the transform, then as ckpt-layer",
         transform="flatten",
+        knobs=(
+            Knob(
+                name="group",
+                default=0,
+                low=0,
+                high=65536,
+                text="consecutive blocks that become one, the net staying a DLR-Net; 0: all of them, one ordinary MLP",
+            ),
+        ),
+    ),
+    Strategy(
+        name="undistil",
+        idea="regress an ordinary MLP on each DLR-Net, on the locked model's own stream; then ckpt-layer",
+        source="ours: the lock run backwards",
+        saved="as ckpt-layer on the base model",
+        cost="before: regress_steps of 1 forward, and 1 forward and backward of the MLPs; then as ckpt-layer",
+        transform="undistil",
+        knobs=(
+            Knob(name="start", default="flat", choices=("flat", "fresh"), text="MLPs flattened, or of random weights"),
+            Knob(
+                name="text",
+                default="task",
+                choices=("task", "public"),
+                text="what to regress on: --data, or --public-data",
+            ),
+            Knob(name="regress_steps", default=200, low=1, high=10**9, text="steps of the regression"),
+            Knob(
+                name="regress_lr",
+                default=1e-3,
+                low=0.0,
+                high=1.0,
+                text="its peak learning rate",
+                search=(1e-4, 1e-2),
+                log=True,
+            ),
+        ),
+    ),
+    Strategy(
+        name="drop-blocks",
+        idea="remove the blocks that write least, heal against the whole locked model; then ckpt-layer",
+        source="ShortGPT, arXiv 2403.03853, as a relative",
+        saved="as ckpt-layer, of the shorter DLR-Nets",
+        cost="before: a ranking forward, and heal_steps of 2 forwards and 1 backward; then less than ckpt-layer",
+        transform="drop-blocks",
+        knobs=(
+            Knob(name="drop", default=0.25, low=0.0, high=0.9, text="fraction of each DLR-Net's blocks that goes"),
+            Knob(name="heal_steps", default=50, low=0, high=10**9, text="steps of the heal"),
+            Knob(
+                name="heal_lr",
+                default=3e-4,
+                low=0.0,
+                high=1.0,
+                text="its peak learning rate",
+                search=(3e-5, 3e-3),
+                log=True,
+            ),
+        ),
     ),
     Strategy(
         name="norms",

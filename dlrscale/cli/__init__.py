@@ -19,6 +19,7 @@ from dlrscale.cli.options import (
     PATH,
     PLAN_OPTIONS,
     RUN_OPTIONS,
+    SEARCH_OPTIONS,
     STRATEGY_OPTIONS,
     TRAIN_OPTIONS,
 )
@@ -170,8 +171,10 @@ def lock(dry_run: bool, local_rank: int | None, **options: Any) -> None:
     type=PATH,
     help="Held-out data of the base model's own domain, of any keys.",
 )
+@click.option("--public-data", type=PATH, help="A public text, for strategies that regress on one (undistil).")
 @TRAIN_OPTIONS
 @STRATEGY_OPTIONS
+@SEARCH_OPTIONS
 @click.option("--save-model", is_flag=True, help="Write the attacked model to <out>/model, beside the adapters.")
 @RUN_OPTIONS
 @ENGINE_OPTIONS
@@ -190,18 +193,26 @@ def attack(
     dlrscale attack --model ./locked --base ./base --strategy ckpt-layer --data task.jsonl --heldout test.jsonl
     dlrscale attack --model ./locked --strategy lora --set rank=16 --data gsm8k.jsonl.gz \\
         --columns prompt=question,completion=answer --zero 3 --offload-optimizer
+    dlrscale attack --model ./locked --base ./base --strategy lora --data task.jsonl --heldout test.jsonl \\
+        --trials 16 --seeds 0,1,2 --target base+0.05 --out results/lora-searched
     """
     from dlrscale import report
     from dlrscale.cli.run import inside_launch, run_rank
+    from dlrscale.cli.search import attack_many, read_wanted
 
+    wanted = read_wanted(options, knobs, base)
     jobs_ = attack_configs(options, base, strategy, knobs)
     if inside_launch():
+        if wanted:
+            raise ConfigError(
+                "--trials, --seeds and --target: a direct launch is one run. Use dlrscale attack, which launches each."
+            )
         if base:
             raise ConfigError(
                 "--base: a direct launch attacks one model. Launch it again with --model BASE, or use dlrscale attack."
             )
         run_rank(jobs_[0], dry_run)
-    records = run_all(jobs_, dry_run)
+    records = attack_many(jobs_, wanted, dry_run) if wanted else run_all(jobs_, dry_run)
     if len(records) > 1:
         click.echo(report.summary_table(records))
 

@@ -34,6 +34,7 @@ def parse_batches(text: str) -> list[int]:
 @click.option("--strategy", required=True, help="One of `dlrscale strategies`.")
 @click.option("--set", "knobs", multiple=True, metavar="KNOB=VALUE", help="A strategy's own knob.")
 @click.option("--data", type=PATH, help="Training data as `attack` takes them.  [default: random token ids]")
+@click.option("--public-data", type=PATH, help="A public text, for strategies that regress on one (undistil).")
 @click.option("--columns", help="Names of the keys of records, as `attack` takes them.")
 @click.option("--chat-template", type=PATH, help="Template file (jinja) of chats.  [default: the tokenizer's]")
 @click.option("--document-separator", help="Text that stands between the documents of a plain text file.")

@@ -71,6 +71,19 @@ STRATEGY_OPTIONS = options(
         help="AdamW, or a lighter type that a DeepSpeed file may name: SGD, Adafactor.  [default: the strategy's]",
     ),
 )
+SEARCH_OPTIONS = options(
+    click.option(
+        "--trials",
+        type=click.IntRange(1),
+        help="Tune rate, warm-up, batch and the strategy's own knobs in so many trials, on each side.",
+    ),
+    click.option("--lr-range", metavar="LOW,HIGH", help="Learning rates to try.  [default: 1e-5,3e-2]"),
+    click.option("--seeds", help="Seeds such as 0,1,2, one run each, of the best trial's settings.  [default: --seed]"),
+    click.option(
+        "--target",
+        help="Held-out task loss to reach: nats per token, or base+MARGIN. Gives tokens, FLOPs and device-hours to it.",
+    ),
+)
 RUN_OPTIONS = options(
     click.option("--out", type=PATH, help="Folder of the run.  [default: results/<name>-<8 digits>]"),
     click.option("--name", help="Name of the run, in the record and in MLflow."),

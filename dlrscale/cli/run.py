@@ -69,8 +69,8 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
         from dlrscale import data, engine, folders, shapes, tracking
 
     values = {k: v for k, v in options_.items() if k not in ("dry_run", "local_rank")}
-    for key in ("data", "heldout", "heldout_base", "chat_template", "out", "deepspeed_config", "hostfile",
-                "hardware_file"):  # fmt: skip
+    for key in ("data", "heldout", "heldout_base", "public_data", "chat_template", "out", "deepspeed_config",
+                "hostfile", "hardware_file"):  # fmt: skip
         if key in values:
             values[key] = absolute(values[key])
     if "model" in values:
@@ -104,11 +104,11 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
     chosen_out = values.pop("out", None)
     config = kind(out=chosen_out or "", **values)
     configuration.check(config)
-    for key in ("data", "heldout", "heldout_base"):
+    for key in ("data", "heldout", "heldout_base", "public_data"):
         data.check_place(values.get(key))
     data.read_template(config.chat_template)
-    places = {key: values[key] for key in ("data", "heldout", "heldout_base") if values.get(key)}
-    pinned = {key: data.pin(place, heldout=key != "data") for key, place in places.items()}
+    places = {key: values[key] for key in ("data", "heldout", "heldout_base", "public_data") if values.get(key)}
+    pinned = {key: data.pin(place, heldout=key.startswith("heldout")) for key, place in places.items()}
     config = dataclasses.replace(config, **pinned)
     if chosen_out is None:
         resume_id = configuration.run_ids(config, engine.merge(config))[1]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlrscale.data import chat
-from dlrscale.data.batches import Batches, StepBatch, calibration, eval_batches, split_heldout
+from dlrscale.data.batches import Batches, StepBatch, calibration, eval_batches, heldout_half, split_heldout
 from dlrscale.data.chat import read_template
 from dlrscale.data.embedded import EMBEDDED
 from dlrscale.data.hub import pin
@@ -31,7 +31,7 @@ from dlrscale.errors import ConfigError
 
 __all__ = [
     "COUNT_KEYS", "EMBEDDED", "IGNORE", "Batches", "StepBatch", "TokenData", "calibration", "check_place", "documents",
-    "eval_batches", "fitting_columns", "left_out", "load", "pad_id", "pin", "read_template",
+    "eval_batches", "fitting_columns", "heldout_half", "left_out", "load", "pad_id", "pin", "read_template",
     "split_heldout", "token_data",
 ]  # fmt: skip
 

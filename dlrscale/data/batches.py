@@ -131,6 +131,27 @@ def split_heldout(data: TokenData, fraction: float = 0.05) -> tuple[TokenData, T
     return data.subset(slice(None, len(data) - count)), data.subset(slice(len(data) - count, None))
 
 
+def heldout_half(data: TokenData, part: str) -> TokenData:
+    """One half of held-out data: every other item, since a file may be sorted.
+
+    Args:
+        data: The held-out data.
+        part: `tune` for items 0, 2, 4 ..., by which a search chooses; `report` for 1, 3, 5 ..., which it never sees.
+
+    Returns:
+        The half.
+
+    Raises:
+        ConfigError: If there are fewer than two items.
+    """
+    if len(data) < 2:
+        raise ConfigError(
+            f"The held-out data hold {len(data)} sequence: a search tunes on one half and reports on the other. Give "
+            "more with --heldout, or raise --heldout-limit."
+        )
+    return data.subset(slice({"tune": 0, "report": 1}[part], None, 2))
+
+
 def calibration(data: TokenData, count: int = 16) -> list[dict[str, torch.Tensor]]:
     """The first items in the file's order, one per batch: input_ids and attention_mask, int64 (1, T)."""
     batches = [_collate(data, [i], 0) for i in range(min(count, len(data)))]

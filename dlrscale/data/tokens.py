@@ -254,7 +254,7 @@ def left_out(metrics: Mapping[str, float]) -> str | None:
     """
     found = [
         f"{part} {metrics[f'data/{part}_{key}']:.0f} {key.replace('_', ' ')}"
-        for part in ("train", "heldout", "heldout_base")
+        for part in ("train", "heldout", "heldout_base", "public")
         for key in _LEFT_OUT
         if metrics.get(f"data/{part}_{key}")
     ]

@@ -212,6 +212,11 @@ class Engine:
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None, enabled=self.stage == 3):
             yield
 
+    def close(self) -> None:
+        """Take DeepSpeed off the model and let go of all that it holds, so that another engine can follow."""
+        self.ds.destroy()
+        del self.ds, self.optimizer
+
     @property
     def trained_names(self) -> list[str]:
         """The names of the parameters that this engine trains, sorted."""

@@ -17,6 +17,7 @@ import torch
 
 from dlrscale import config as configuration
 from dlrscale import data, engine, folders, launcher, models, record, shapes, tracking
+from dlrscale.attacks.students import PART
 from dlrscale.config import AttackConfig, LockConfig, PretrainConfig, RunConfig
 from dlrscale.errors import ConfigError
 from dlrscale.errors import describe as describe_error
@@ -80,14 +81,41 @@ def preflight(config: RunConfig) -> dict[str, Any]:
                 f"--start warm is not defined for --form {config.form} on {shape.family.model_type}, whose MLPs are "
                 f"{shape.kind}. Take --start cold."
             )
-    elif shape.locked and config.entry.transform == "flatten":
-        models.check_generation(config.model)
-        shapes.check_flattens(shape)
+    else:
+        check_levers(config, shape)
     if isinstance(config, AttackConfig):
+        if shape.locked and config.entry.transform != "none":
+            models.check_generation(config.model)
         check_trained(config, shape)
     if config.data:
         load_corpora(config, models.load_tokenizer(config.model))
     return merged
+
+
+def check_levers(config: AttackConfig, shape: shapes.ModelShape) -> None:
+    """Refuse what the levers of an attack cannot do on a model.
+
+    Args:
+        config: The attack.
+        shape: The shape of the model that it is given.
+
+    Raises:
+        ConfigError: If there is such.
+    """
+    faults = []
+    if config.entry.gradient == "reverse" and config.knobs.get("dropout"):
+        faults.append(
+            f"--set dropout={config.knobs['dropout']}: --gradient reverse runs each block again, and another dropout "
+            "would give another code. Take dropout=0, or --gradient backprop."
+        )
+    unlocked = shape.layers > len(shape.ranks or {}) or config.entry.transform in ("flatten", "undistil")
+    if config.tiles > 1 and shape.family.inline and unlocked:
+        faults.append(
+            f"--tiles {config.tiles}: the MLPs of {shape.family.model_type} are no modules of their own, so that their "
+            "tokens cannot be tiled. Leave it out, or take another strategy."
+        )
+    if faults:
+        raise ConfigError(faults)
 
 
 def check_trained(config: AttackConfig, shape: shapes.ModelShape) -> None:
@@ -117,7 +145,8 @@ def check_checkpoints(config: RunConfig) -> None:
     Raises:
         ConfigError: As `engine.check_layout`.
     """
-    engine.check_layout(Path(config.out) / CHECKPOINT_FOLDER, config.num_ranks, config.zero)
+    for part in ("", PART):
+        engine.check_layout(Path(config.out) / f"{part}{CHECKPOINT_FOLDER}", config.num_ranks, config.zero)
 
 
 def run(
@@ -170,7 +199,7 @@ def run(
                 time.sleep(PEER_S)  # the launcher ends this rank meanwhile, and tells of the one that ended first
             outcome, code = Outcome.FAILED, launcher.EXIT_FAILED
             error = describe_error(reason, out) or f"rank {rank}: {type(reason).__name__}: {reason}"
-            for left in (out / CHECKPOINT_FOLDER).glob("tmp-*"):  # on a full disk, the room is for the record
+            for left in out.glob(f"*{CHECKPOINT_FOLDER}/tmp-*"):  # on a full disk, the room is for the record
                 shutil.rmtree(left, ignore_errors=True)
             if is_out_of_memory(reason):
                 outcome, code = Outcome.OOM, launcher.EXIT_OOM
@@ -210,6 +239,8 @@ class Ending:
                 "error": error,
             }
             self.entry["config"] |= job.notes
+            if job.gates:
+                self.entry["gates"] = job.gates
             if self.entry.get("plan") is not None:
                 self.entry["plan"] |= job.plan
             record.append_line(job.out / record.RECORDS_FILE, self.entry)
@@ -221,7 +252,8 @@ class Ending:
             while len(found := self._records()) <= len(self.before) and time.monotonic() < until:
                 time.sleep(0.1)
             if len(found) > len(self.before):
-                files = (job.out / record.RECORDS_FILE, job.out / record.STEPS_FILE)
+                names = (record.RECORDS_FILE, record.STEPS_FILE, f"{PART}{record.STEPS_FILE}")
+                files = [job.out / name for name in names]
                 job.sink.finish(found[-1], [file for file in files if file.exists()])
 
     def _records(self) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,11 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dlrscale import attacks, export, models, shapes
+from dlrscale import attacks, export, folders, models, record, search, shapes
 from dlrscale.attacks.levers import Levers, mlp_parts
+from dlrscale.attacks.students import forget, release
 from dlrscale.config import AttackConfig
-from dlrscale.engine import Engine
-from dlrscale.jobs import forecast
+from dlrscale.data import Batches
+from dlrscale.engine import Engine, barrier
+from dlrscale.jobs import forecast, gates
 from dlrscale.jobs.common import (
     ADAPTER_FOLDER,
     MODEL_FOLDER,
@@ -30,18 +33,18 @@ from dlrscale.measure import SavedBytes
 from dlrscale.planner.states import DTYPE_BYTES, zero3_linear
 from dlrscale.train import LanguageModelling, Loop, Stage
 
+TRANSFORMED = "transformed"
+
 
 def attack(run_: Run) -> None:
     """Fine-tune one model by one strategy and measure what it cost (design: attacking)."""
     config: AttackConfig = run_.config
-    entry = config.entry
+    run_.gates |= search.gates(config, "locked" if folders.read_manifest(config.model) else "base")
     with run_.phases.phase("load"):
         folder = Path(config.model)
         tokenizer = models.load_tokenizer(folder)
-        corpora = load_corpora(config, tokenizer)
-    if entry.transform != "none":
-        with run_.phases.phase("transform"):
-            folder = transform(run_, entry.transform, folder)
+        corpora = run_.corpora = load_corpora(config, tokenizer)
+    folder = transform(run_, folder)
     with run_.phases.phase("load"):
         model, shape, levers = build(config, folder)
         ds = run_.start_engine(model, [p for p in model.parameters() if p.requires_grad])
@@ -64,18 +67,27 @@ def attack(run_: Run) -> None:
         out=run_.out,
         sink=run_.sink,
         evaluate=evaluate,
+        stop_above=config.stop_above,
     )
     done = loop.resume()
     if done:  # counted in the first step, and carried by the checkpoint
         objective.counter, objective.counted, objective.seen = None, loop.state["counted"], loop.state["seen"]
+        run_.gates |= loop.state["gates"]
     else:
         with run_.phases.phase("evaluate"):
-            loop.state = {"start": evaluate("_start"), "counted": objective.counted, "seen": objective.seen}
+            start = evaluate("_start")
+        with run_.phases.phase("check"):
+            run_.gates |= check_gradient(config, ds, levers, batches)
+        loop.state = {"start": start, "counted": objective.counted, "seen": objective.seen, "gates": dict(run_.gates)}
     stage = Stage(name="train", steps=config.steps, lr=config.lr, warmup=config.warmup_steps, objective=objective)
     try:
         loop.run(stage, done)
-        with run_.phases.phase("evaluate"):
-            run_.metrics |= evaluate()
+        if loop.pruned_at is None:
+            with run_.phases.phase("evaluate"):
+                run_.metrics |= evaluate()
+        else:
+            run_.notes["pruned_at"] = loop.pruned_at
+            run_.metrics |= {k: v for k, v in loop.rows[-1].items() if k.startswith("loss/heldout_")}
     except BaseException:
         with suppress(Exception):  # whatever fails here must not hide how the run ended
             compare(run_, objective.seen, alone=True)
@@ -83,9 +95,41 @@ def attack(run_: Run) -> None:
     finally:
         run_.metrics |= loop.summary("train") | loop.state["start"] | objective.counted
         run_.metrics |= saved_formula(config, run_.ds_config, shape)
+        run_.metrics |= bill(run_, loop.rows)
     compare(run_, objective.seen)
+    run_.gates["engaged"] = gates.engaged(config, levers, run_.plan, ds.describe(), run_.metrics)
+    run_.metrics |= gates.metrics(run_.gates)
+    if config.is_trial:
+        return
     with run_.phases.phase("save"):
         save(run_, ds, model, folder, tokenizer)
+
+
+def check_gradient(config: AttackConfig, ds: Engine, levers: Levers, batches: Batches) -> dict[str, Any]:
+    """The gate `gradient` of a run that goes backward; none where the method has no gradient to compare."""
+    entry = config.entry
+    if not entry.exact:
+        return {"gradient": {"holds": None, "why": f"{entry.gradient} claims no exact gradient"}}
+    found = gates.gradient(ds, levers, batches.step(0).micro_batches[0], config.activation_storage)
+    if not found["holds"] and ds.rank == 0:
+        print(
+            f"INVALID: the gradient of {config.name} is not plain autograd's: cosine {found['cosine']:.6f} (at least "
+            f"{found['least']}), relative error {found['relative_error']:.3g} on {found['tokens']} tokens.",
+            flush=True,
+        )
+    return {"gradient": found}
+
+
+def bill(run_: Run, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What the run has cost so far, its transform included, and to its target: `search.bill`."""
+    config: AttackConfig = run_.config
+    per_token = None
+    with suppress(Exception):  # whatever fails here must not hide how the run ended
+        per_token = forecast.flops_per_token(config, run_.ds_config)
+    seconds = run_.phases.phases.get("transform", {}).get("seconds", 0.0)
+    tokens, flops = (run_.metrics.get(f"transform/{name}", 0.0) for name in ("tokens", "flops"))
+    before = search.Cost(tokens, flops, seconds * config.num_ranks / 3600)
+    return search.bill(rows, run_.metrics, per_token, config.num_ranks, config.target, before)
 
 
 def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None, alone: bool = False) -> None:
@@ -106,7 +150,9 @@ def compare(run_: Run, seen: dict[str, Any], live_peak: float | None = None, alo
     plan = forecast.forecast(run_.config, run_.ds_config)
     run_.plan |= forecast.measured(plan, seen if "saved_bytes" in seen else {}, held, peaks)
     errors = {f"plan/error_percent_{k.removesuffix('_bytes')}": v for k, v in run_.plan["error_percent"].items()}
-    run_.metrics |= {"plan/peak_bytes": plan.needs.peak_bytes} | {k: v for k, v in errors.items() if v is not None}
+    run_.metrics |= {"plan/peak_bytes": plan.needs.peak_bytes, "plan/params_trainable": plan.model.trained} | {
+        k: v for k, v in errors.items() if v is not None
+    }
 
 
 def build(config: AttackConfig, folder: Path) -> tuple[nn.Module, shapes.ModelShape, Levers]:
@@ -164,31 +210,74 @@ def save(run_: Run, ds: Engine, model: nn.Module, folder: Path, tokenizer: PreTr
     ds.barrier()
 
 
-def transform(run_: Run, name: str, folder: Path) -> Path:
-    """Let rank 0 transform the model into `<out>/transformed`; all ranks get the folder to train."""
+def transform(run_: Run, folder: Path) -> Path:
+    """Transform the model into `<out>/transformed` as the strategy says, once in a run.
+
+    The bill, `transform/tokens`, `transform/flops` (over all ranks) and `transform/time_s`, and the phase with its
+    peaks lie beside it as soon as it is whole, for a run that is started again.
+
+    Args:
+        run_: The run; its data are loaded.
+        folder: The model's folder.
+
+    Returns:
+        The folder of the model to train, on every rank.
+    """
     import torch.distributed as dist
 
-    target = run_.out / "transformed"
-    result = [None]
+    name, target, file = run_.config.entry.transform, run_.out / TRANSFORMED, run_.out / f"{TRANSFORMED}.json"
+    if name == "none":
+        return folder
+    told: list[Any] = [None]
+    if dist.get_rank() == 0 and file.is_file() and (target / "config.json").is_file():
+        told = [json.loads(file.read_text(encoding="utf-8"))]
+    dist.broadcast_object_list(told, src=0)
+    if told[0] is not None:
+        run_.metrics |= told[0]["metrics"]
+        run_.phases.phases["transform"] = told[0]["phase"]
+        return target
     if dist.get_rank() == 0:
-        result = [str(attacks.find(name).apply(folder, target))]
-    dist.broadcast_object_list(result, src=0)
-    return Path(result[0])
+        file.unlink(missing_ok=True)
+    run_.metrics |= dict.fromkeys(("transform/tokens", "transform/flops", "transform/time_s"), 0)
+    with run_.phases.phase("transform"):
+        found = attacks.find(name).apply(run_, folder, target)
+        barrier()
+    release()
+    phase = run_.phases.phases["transform"]
+    if found == folder:
+        return folder
+    run_.metrics["transform/time_s"] += phase["seconds"]
+    told = [{key: value for key, value in run_.metrics.items() if key.startswith("transform/")}]
+    dist.broadcast_object_list(told, src=0)  # one bill, whichever rank writes the record
+    run_.metrics |= told[0]
+    if dist.get_rank() == 0:
+        record.write_atomic(file, record.dumps({"metrics": told[0], "phase": phase}) + "\n")
+        forget(run_.out)
+    return found
 
 
 def saved_formula(config: AttackConfig, ds_config: Mapping[str, Any], shape: shapes.ModelShape) -> dict[str, float]:
-    """Derived bytes per token saved by all MLP parts, for strategies that keep them.
+    """Derived bytes per token saved on the device by all MLP parts, for strategies that keep them.
 
-    Left out where layers are checkpointed, where adapters sit inside the MLPs, and where a dropout is on, in the
-    MLPs (its mask's size depends on the device) or before adapters that would keep the MLP's own input.
+    Plain autograd keeps what `shapes.saved_bytes` says, a reversed DLR-Net 2 D + sum(R) and D for each anchor, tiles
+    their input. Left out where layers are checkpointed or 8 bits are used, where adapters sit inside the MLPs, and
+    where a dropout is on, in the MLPs (its mask's size depends on the device) or before adapters that would keep the
+    MLP's own input.
     """
-    trainable = config.entry.trainable
+    trainable, gradient = config.entry.trainable, config.entry.gradient
     dropout = shape.dropout or (shape.shared_input and config.knobs.get("dropout"))
-    plain = config.activation_checkpointing == "none" and config.activation_storage == "device" and config.tiles == 1
-    if not plain or config.entry.gradient != "backprop" or trainable not in ("all", "lora-attn") or dropout:
+    kept_whole = config.activation_checkpointing == "none" and config.activation_storage != "int8"
+    known = gradient in ("backprop", "reverse") and trainable in ("all", "lora-attn")
+    if not kept_whole or not known or dropout:
         return {}
     size, total = DTYPE_BYTES[config.dtype], 0
-    for layer in range(shape.layers):
+    for layer in range(shape.layers) if config.activation_storage == "device" else ():
+        if config.tiles > 1:
+            total += 0 if shape.shared_input else shape.width * size
+            continue
+        if gradient == "reverse" and layer in (shape.ranks or {}):
+            total += shapes.reversed_bytes(shape, layer, size, int(config.knobs["anchor"]))
+            continue
         # DeepSpeed's linear map of ZeRO-3 keeps its input also where its weight is frozen, if a gradient passes at all.
         own = shape.family.own_maps and layer not in (shape.ranks or {})
         passed = not (shape.parallel and layer == 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,22 @@ MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
 
 @dataclass
 class Corpora:
-    """The token data of a run. `heldout` is of the same task; `heldout_base` of the base model's own domain."""
+    """The token data of a run.
+
+    `heldout` is of the same task; `heldout_base` of the base model's own domain; `public` what an attacker can read
+    besides the task.
+    """
 
     train: TokenData
     heldout: TokenData
     heldout_base: TokenData | None
     pad: int
+    public: TokenData | None = None
 
     def counts(self) -> dict[str, float]:
         """What was read, truncated and dropped, as metrics."""
         named = {"train": self.train, "heldout": self.heldout, "heldout_base": self.heldout_base}
+        named["public"] = self.public
         return {
             f"data/{part}_{key}": value
             for part, found in named.items()
@@ -56,7 +62,9 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, Any] = field(default_factory=dict)
     engine: Engine | None = None
+    corpora: Corpora | None = None
 
     def start_engine(self, model: nn.Module, trainable: list[nn.Parameter]) -> Engine:
         """Start DeepSpeed on a model; the record tells what is really in use, and where the run goes on from.
@@ -94,7 +102,7 @@ def load_corpora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpo
         tokenizer: The model's tokenizer.
 
     Returns:
-        The data for training and evaluation.
+        The data for training, for evaluation, and for a transform.
 
     Raises:
         ConfigError: If a file is wrong, or there is less than one global batch.
@@ -119,10 +127,16 @@ def load_corpora(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Corpo
     else:
         train, heldout = data.split_heldout(train)
         heldout = heldout.subset(slice(config.heldout_limit or None))
+    part = getattr(config, "heldout_part", None)
+    heldout = data.heldout_half(heldout, part) if part else heldout
     base = getattr(config, "heldout_base", None)
     # Another domain's file may have other keys.
     own = read(base, config.heldout_limit, data.fitting_columns(base, config.columns)) if base else None
-    corpora = Corpora(train, heldout, own, data.pad_id(tokenizer))
+    place = getattr(config, "public_data", None)
+    public = read(place, 0, data.fitting_columns(place, config.columns)) if place else None
+    corpora = Corpora(train, heldout, own, data.pad_id(tokenizer), public)
+    if public is not None:
+        make_batches(config, replace(corpora, train=public), 0, config.num_ranks)
     batches = make_batches(config, corpora, 0, config.num_ranks)  # refuses less than one global batch
     train.counts.update(batches.unused(config.steps + getattr(config, "heal_steps", 0)))
     return corpora

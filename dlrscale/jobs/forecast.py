@@ -17,7 +17,7 @@ from dlrscale.planner.hardware import Hardware
 from dlrscale.planner.locking import LockPlan
 from dlrscale.planner.model import attacked, locked_shape
 from dlrscale.planner.needs import gib, largest_micro_batch
-from dlrscale.planner.plan import Plan
+from dlrscale.planner.plan import Plan, inside
 from dlrscale.shapes.layout import layout
 
 ATTENTION = "sdpa"  # what transformers takes where nothing else is asked for
@@ -61,7 +61,13 @@ def forecast(config: RunConfig, ds_config: Mapping[str, Any]) -> Plan | LockPlan
             **common,
         )
     model = attacked(values, shape, config.entry, config.knobs)
-    return Plan(model=model, checkpointing=config.activation_checkpointing, **common)
+    return Plan(model=model, **inside(config, config.entry, config.knobs), **common)
+
+
+def flops_per_token(config: AttackConfig, ds_config: Mapping[str, Any]) -> float:
+    """Planned FLOPs of a processed token: forward, backward and what is run again, of a full micro-batch."""
+    flops = forecast(config, ds_config).activations.flops()
+    return sum(flops.values()) / (config.micro_batch * config.seq_len)
 
 
 def hosts(config: RunConfig) -> tuple[int, int]:
@@ -196,8 +202,8 @@ def measured(
 
     Args:
         plan: The attack's plan.
-        counted: `batch`, `length`, `labels`, `masked` and `saved_bytes` of the counted micro-batch; `saved_peak_bytes`
-            and `flops` where they were taken.
+        counted: `batch`, `length`, `labels`, `masked` and `saved_bytes` of the counted micro-batch; `saved_peak_bytes`,
+            `offloaded_activation_bytes` and `flops` where they were taken.
         held: What the engine held before its first update (`engine.held`).
         peaks: The most bytes on a device, by who counted them: `accelerator_peak_bytes`, `live_peak_bytes`.
 
@@ -217,6 +223,8 @@ def measured(
         pairs["saved_bytes"] = (kept.held_bytes, counted["saved_bytes"])
         if "saved_peak_bytes" in counted:
             pairs["saved_peak_bytes"] = (kept.peak_bytes, counted["saved_peak_bytes"])
+        if "offloaded_activation_bytes" in counted:
+            pairs["offloaded_activation_bytes"] = (kept.host_bytes, counted["offloaded_activation_bytes"])
         planned = kept.flops()
         pairs |= {f"flops_{name}": (planned[name], seen) for name, seen in counted.get("flops", {}).items()}
     for name in STATES if held else ():

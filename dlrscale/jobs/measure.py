@@ -31,9 +31,11 @@ def measure(run_: Run) -> None:
     """Measure one model under one strategy: inference, timed steps, then saved bytes, FLOPs and live bytes."""
     config: MeasureConfig = run_.config
     folder = Path(config.model)
-    if config.entry.transform != "none":
-        with run_.phases.phase("transform"):
-            folder = transform(run_, config.entry.transform, folder)
+    with run_.phases.phase("load"):
+        shape = shapes.model_shape(shapes.read_config(folder))
+        corpora = load_corpora(config, models.load_tokenizer(folder)) if config.data else random_corpora(config, shape)
+        run_.corpora = corpora
+    folder = transform(run_, folder)
     if config.inference_batches:
         with run_.phases.phase("inference"):
             run_.metrics |= inference(config)
@@ -41,7 +43,6 @@ def measure(run_: Run) -> None:
                 torch.cuda.empty_cache()  # what inference has reserved is none of the training's
     with run_.phases.phase("load"):
         model, shape, levers = build(config, folder)
-        corpora = load_corpora(config, models.load_tokenizer(folder)) if config.data else random_corpora(config, shape)
         ds = run_.start_engine(model, [p for p in model.parameters() if p.requires_grad])
     run_.metrics |= corpora.counts() if config.data else {}
     run_.metrics |= parameter_counts(model)
@@ -167,7 +168,7 @@ class Counts:
     def saved(self, parts: Mapping[str, nn.Module], out: Path) -> dict[str, float]:
         """Saved bytes of the first micro-batch, after forward and at their peak; by module into `saved.json`."""
         counter = SavedBytes(self.engine.module, dict(parts), self.levers.storage)
-        phases_left = ["forward", "backward"]
+        phases_left, on_host = ["forward", "backward"], []
 
         @contextlib.contextmanager
         def context(name: str) -> Iterator[None]:
@@ -184,22 +185,27 @@ class Counts:
                 raise
             if name == "forward":
                 counter.forward_done()
+                on_host.append(counter.on_host_bytes)
             else:
                 counter.__exit__()
 
         self._step(context)
         tokens = self.batch.micro_batches[0]["input_ids"].numel()
         counted = {"saved_bytes": counter.total, "saved_peak_bytes": counter.peak}
-        self.objective.seen |= described(self.batch.micro_batches[0]) | counted
-        if self.engine.rank == 0:
-            by_module = {"tokens": tokens, "saved": counter.by_module, "recomputed": counter.recomputed_by_module}
-            record.write_atomic(out / SAVED_FILE, record.dumps(by_module, indent=1) + "\n")
-        return {
+        found = {
             "memory/saved_bytes_per_token": counter.total / tokens,
             "memory/saved_mlp_bytes_per_token": sum(counter.by_part.values()) / tokens,
             "memory/saved_peak_bytes_per_token": counter.peak / tokens,
             "memory/saved_recomputed_bytes_per_token": counter.recomputed / tokens,
         }
+        if on_host[0] is not None:
+            counted["offloaded_activation_bytes"] = on_host[0]
+            found["memory/offloaded_activation_bytes_per_token"] = on_host[0] / tokens
+        self.objective.seen |= described(self.batch.micro_batches[0]) | counted
+        if self.engine.rank == 0:
+            by_module = {"tokens": tokens, "saved": counter.by_module, "recomputed": counter.recomputed_by_module}
+            record.write_atomic(out / SAVED_FILE, record.dumps(by_module, indent=1) + "\n")
+        return found
 
     def flops(self, step_s: float) -> dict[str, float]:
         """FLOPs of a step on this rank, and MFU where the device's peak is known."""

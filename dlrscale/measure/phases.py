@@ -86,7 +86,7 @@ class Phases:
     """Seconds and peaks of named phases: `load`, `forward`, `backward`, `optimizer`, `evaluate`, `save`.
 
     A phase that occurs many times adds its seconds and keeps its highest peaks. `broken` is the phase that an
-    exception has left, None before.
+    exception has left, None before. Phases do not nest, but for those of `inside`.
 
     Args:
         device: Where the work is done.
@@ -99,11 +99,34 @@ class Phases:
         self.broken: str | None = None
         self.phases: dict[str, dict[str, float]] = {}
         self.step: dict[str, float] = {}
+        self._around: tuple[Phases, str] | None = None
+
+    def inside(self, name: str) -> Phases:
+        """Phases of their own that run inside a phase of these, which keeps its peaks though they begin new ones."""
+        found = Phases(self.device)
+        found._around = (self, name)
+        return found
+
+    def _take_peaks(self, name: str) -> dict[str, float]:
+        """Raise a phase's peaks, and those of the phase around it, to what was seen since the last reset."""
+        if self._around is not None:
+            self._around[0]._take_peaks(self._around[1])
+        entry = self.phases.setdefault(name, {"seconds": 0.0, "host_peak_rss_bytes": 0})
+        entry["host_peak_rss_bytes"] = max(entry["host_peak_rss_bytes"], host_peak_bytes())
+        if self.device.type == "cuda":
+            for key, value in (
+                ("accelerator_peak_allocated_bytes", torch.cuda.max_memory_allocated(self.device)),
+                ("accelerator_peak_reserved_bytes", torch.cuda.max_memory_reserved(self.device)),
+            ):
+                entry[key] = max(entry.get(key, 0), value)
+        return entry
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure what runs inside as part of a phase."""
         synchronise(self.device)
+        if self._around is not None:
+            self._around[0]._take_peaks(self._around[1])
         _reset_host_peak()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -120,17 +143,10 @@ class Phases:
             with contextlib.suppress(RuntimeError):  # after an error the device may have nothing more to say
                 synchronise(self.device)
             seconds = time.perf_counter() - start
-            entry = self.phases.setdefault(name, {"seconds": 0.0, "host_peak_rss_bytes": 0})
+            entry = self._take_peaks(name)
             entry["seconds"] += seconds
-            entry["host_peak_rss_bytes"] = max(entry["host_peak_rss_bytes"], host_peak_bytes())
-            if self.device.type == "cuda":
-                for key, value in (
-                    ("accelerator_peak_allocated_bytes", torch.cuda.max_memory_allocated(self.device)),
-                    ("accelerator_peak_reserved_bytes", torch.cuda.max_memory_reserved(self.device)),
-                ):
-                    entry[key] = max(entry.get(key, 0), value)
-                for key, value in _allocator_events(self.device).items():
-                    entry[key] = entry.get(key, 0) + value - events[key]
+            for key, value in _allocator_events(self.device).items():
+                entry[key] = entry.get(key, 0) + value - events[key]
             self.step[name] = self.step.get(name, 0.0) + seconds
 
     def take_step(self) -> dict[str, float]:

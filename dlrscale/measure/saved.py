@@ -112,6 +112,11 @@ class SavedBytes:
         """Count as forward what was saved so far, and nothing that is done with the loss before backward."""
         self._forward.close()
 
+    @property
+    def on_host_bytes(self) -> int | None:
+        """What the storage has put into host memory in the forward that ran last; None where it puts nothing there."""
+        return self.storage.bytes if self.storage is not None and self.storage.on_host else None
+
     def __exit__(self, *error: Any) -> None:
         self._forward.close()
         self._open.close()

@@ -9,6 +9,9 @@ from itertools import accumulate
 
 from dlrscale.planner import forward
 from dlrscale.planner.forward import Layer, Pass
+from dlrscale.planner.tape import DEVICE, HOST, Tape
+
+BEHIND = frozenset({"norm", "projection", "side", "head", "loss"})  # the parts of what lies behind the last layer
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,8 @@ class Activations:
         return self._decoder if self.run.training.side else []
 
     @cached_property
-    def _ends(self) -> tuple[forward.Tape, forward.Tape]:
+    def _ends(self) -> tuple[Tape, Tape]:
         return forward.embedding(self.run), forward.head(self.run)
-
-    @cached_property
-    def _inputs(self) -> list[int]:
-        """With checkpointing, the bytes of the inputs that are kept of all layers up to each."""
-        return list(accumulate(layer.input_bytes for layer in self.layers))
 
     @property
     def table_bytes(self) -> int:
@@ -53,67 +51,118 @@ class Activations:
         kept = any(layer.shared & set(layer.tape.saved) for layer in self.layers)
         return 2 * self.run.length * self.run.parts.rotary * self.run.size if kept else 0
 
-    @property
-    def head_bytes(self) -> int:
-        """What final norm, head and loss keep."""
-        return self._ends[1].saved_bytes
-
-    @property
-    def norm_bytes(self) -> int:
-        """What the final norm keeps."""
-        return self._ends[1].by_part().get("norm", 0)
-
     @cached_property
-    def layer_bytes(self) -> list[int]:
-        """What each layer keeps while all of it is there; with checkpointing, without its input."""
-        return [layer.bytes(without_input=self.run.checkpointing == "layer") for layer in self.layers]
+    def _inputs(self) -> list[int]:
+        """With checkpointing, the bytes of the inputs that are kept of all layers up to each."""
+        found = {id(layer): layer.inputs().kept_bytes(self.run.storage) for layer in self.layers}
+        return list(accumulate(found[id(layer)] for layer in self.layers))
 
     @property
     def mask_bytes(self) -> int:
         """GPT-2 hands its mask to a checkpointed layer as an input, where its attention is written out."""
-        run = self.run
-        taken = run.checkpointing == "layer" and self._inputs[-1] and not run.training.side
+        run, tape = self.run, self.run.tape()
+        taken = run.checkpointed and self._inputs[-1] and not run.training.side
         if taken and run.shape.family.model_type == "gpt2" and run.attention == "eager":
-            return run.batch * run.length**2 * run.size
-        return 0
+            tape.save(tape.new(run.batch * run.length**2, False, row=run.length))
+        return tape.kept_bytes(run.storage)
 
     @property
-    def stream_held_bytes(self) -> int:
-        """What is held of embedding and layers between forward and backward."""
-        ends = self._ends[0].saved_bytes
-        if self.run.checkpointing == "layer":
-            return ends + self._inputs[-1] + self.mask_bytes
-        return ends + sum(self.layer_bytes) + self.table_bytes
+    def _layer_storage(self) -> str:
+        """Where what a layer saves lies: with checkpointing on the device, since it is there for a moment only."""
+        return DEVICE if self.run.checkpointed else self.run.storage
+
+    @cached_property
+    def _input_counts(self) -> bool:
+        """Whether a layer's input lies on the device already while the layer runs again."""
+        return self.run.checkpointed and self.run.storage == DEVICE
+
+    @cached_property
+    def layer_bytes(self) -> list[int]:
+        """What each layer keeps while all of it is there, on host or device; where it was kept on, without its input.
+
+        The tables are not among it.
+        """
+        found = {id(at): at.bytes(self._layer_storage, without_input=self._input_counts) for at in self.layers}
+        return [found[id(layer)] for layer in self.layers]
+
+    @cached_property
+    def _layer_peaks(self) -> list[int]:
+        """The most that each layer keeps on the device at once, as `layer_bytes`."""
+        found = {id(at): at.peak_bytes(self._layer_storage, without_input=self._input_counts) for at in self.layers}
+        return [found[id(layer)] for layer in self.layers]
+
+    @property
+    def _stored_parts(self) -> set[str]:
+        """Of what lies behind the last layer, what a storage acts on: the backbone's, or a side network's alone."""
+        return {"side"} if self.run.training.side else {"norm", "projection"}
+
+    def _stored_bytes(self) -> int:
+        """What embedding, layers and final norm keep between forward and backward, where the storage has it."""
+        run, ends = self.run, self._ends
+        around = ends[0].kept_bytes(run.storage) + ends[1].kept_bytes(run.storage, parts=self._stored_parts)
+        if run.checkpointed:
+            return around + self._inputs[-1] + self.mask_bytes
+        return around + sum(self.layer_bytes) + self.table_bytes
 
     @property
     def held_bytes(self) -> int:
-        """Everything saved when forward ends."""
-        return self.stream_held_bytes + self.head_bytes
+        """Everything saved on the device when forward ends."""
+        inside = 0 if self.run.storage == HOST else self._stored_bytes()
+        return inside + self._ends[1].kept_bytes(parts=BEHIND - self._stored_parts)
 
-    def alive_bytes(self, layer: int) -> int:
-        """What is saved while backward goes through a layer: what lies before it, and all of its own."""
-        ends = self._ends[0].saved_bytes + self.table_bytes
-        if self.run.checkpointing == "layer":
-            return ends + self.mask_bytes + self._inputs[layer] + self.layer_bytes[layer]
+    @property
+    def behind_loss_bytes(self) -> int:
+        """What of it is there when backward has gone through loss and head."""
+        return self.held_bytes - self._ends[1].kept_bytes(parts={"head", "loss"})
+
+    @property
+    def host_bytes(self) -> int:
+        """What is saved in host memory when forward ends."""
+        return self._stored_bytes() if self.run.storage == HOST else 0
+
+    def _before(self, layer: int) -> int:
+        """What is on the device before and beside a layer's own while backward goes through it."""
+        run, tables = self.run, self.table_bytes
+        if run.storage == HOST:
+            return tables if run.checkpointed else 0
+        ends = self._ends[0].kept_bytes(run.storage) + tables
+        if run.checkpointed:
+            return ends + self.mask_bytes + self._inputs[layer]
         return ends + self._running[layer]
 
+    def alive_bytes(self, layer: int) -> int:
+        """The most saved on the device while backward goes through a layer: what lies before it, and of its own."""
+        return self._before(layer) + self._layer_peaks[layer]
+
+    def attention_bytes(self, layer: int) -> int:
+        """What is saved on the device when backward has gone through a layer's MLP and comes to its attention."""
+        layer_storage = self._layer_storage
+        if layer_storage == HOST:
+            return self._before(layer)
+        mlp = self.layers[layer].tape.kept_bytes(layer_storage, parts={"mlp"})
+        return self._before(layer) + self.layer_bytes[layer] - mlp
+
     def mlp_bytes(self, layer: int) -> int:
-        """What a layer's MLP or DLR-Net keeps."""
+        """What a layer's MLP or DLR-Net keeps on the device, as if no layer were checkpointed."""
         return self.layers[layer].tape.by_part().get("mlp", 0)
 
     @cached_property
     def _running(self) -> list[int]:
-        return list(accumulate(self.layer_bytes))
+        """What the layers before each keep."""
+        return list(accumulate(self.layer_bytes, initial=0))
 
-    @property
+    @cached_property
     def peak_bytes(self) -> int:
-        """The most that is saved at once: at the end of forward, or while one layer is there again."""
-        if self.run.checkpointing == "none":
-            return self.held_bytes
+        """The most that is saved on the device at once: at the end of forward, or while a layer or a part of it is
+        there again. What a reversed DLR-Net rebuilds is not saved, nor what comes back from the host or out of codes.
+        """
         return max(self.held_bytes, *map(self.alive_bytes, range(self.run.shape.layers)))
 
     def by_part(self) -> dict[str, int]:
-        """Bytes that one forward saves by part, as if nothing were checkpointed; the rotary tables with attention."""
+        """Bytes that one forward saves by part, as if no layer were checkpointed and all of it lay on the device.
+
+        The rotary tables count with attention; of an MLP in tiles or reversed counts what it keeps.
+        """
         found: Counter[str] = Counter()
         for tape in self._ends:
             found.update(tape.by_part())
@@ -123,16 +172,27 @@ class Activations:
         found["attention"] += self.table_bytes
         return dict(found)
 
+    @property
+    def again_bytes(self) -> int:
+        """What checkpointing saves again going backward, summed over all layers and what is checkpointed inside."""
+        inside = sum(layer.tape.again_bytes for layer in self.layers)
+        return inside + (sum(self.layer_bytes) if self.run.checkpointed else 0)
+
     def fused_flops(self) -> int:
         """FLOPs of fused attention kernels in all of forward, backward and what is run again."""
         inside = sum(layer.tape.kernel_flops for layer in self.layers)  # one product; backward has 4 more
-        again = 2 * inside if self.run.checkpointing == "layer" else 0
+        again = 2 * inside if self.run.checkpointed else 0
         return sum(layer.tape.fused_flops for layer in (*self.layers, *self._beside)) + 5 * inside + again
 
     def flops(self) -> dict[str, int]:
-        """FLOPs of forward, of backward, of what is run again in backward, and inside fused kernels."""
+        """FLOPs of forward, of backward, of what is run again in backward, and inside fused kernels.
+
+        What `reverse` runs again is its backward's own.
+        """
         tapes = [*self._ends, *(layer.tape for layer in (*self.layers, *self._beside))]
-        again = sum(layer.tape.recomputed_flops for layer in self.layers) if self.run.checkpointing == "layer" else 0
+        again = sum(layer.tape.again_flops for layer in self.layers)
+        if self.run.checkpointed:
+            again += sum(layer.tape.recomputed_flops for layer in self.layers)
         return {
             "forward": sum(tape.forward_flops.total() for tape in tapes),
             "backward": sum(tape.backward_flops.total() for tape in tapes),

@@ -6,10 +6,12 @@ whole bytes. Taken as given: training mode, and no cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from dlrscale import shapes
-from dlrscale.planner.tape import FP32, INT64, Tape, Tensor, Training
+from dlrscale.planner.tape import DEVICE, FP32, HOST, INT64, Tape, Tensor, Training
 from dlrscale.shapes import FORMS, ModelShape
 from dlrscale.shapes.layout import GEMMA, LAYER, Layout
 
@@ -20,10 +22,11 @@ LOSS_CHUNK_ELEMENTS = 1 << 25  # of logits that the loss turns to fp32 at a time
 class Pass:
     """One forward pass: the model, the micro-batch, what is trained, and which kernels run.
 
-    `size` is the bytes of one element of the model's precision, `checkpointing` `none` or `layer`. `hardened`: each
-    DLR-Net runs once more with every block reading x alone, as the heal's hardening does. `masked`: some sequence is
-    padded. `zero3`: DeepSpeed's linear map at stage 3 is in use. `label_tokens`: those of the micro-batch, where not
-    every token but the last of a sequence has a label.
+    `size` is the bytes of one element of the model's precision. `checkpointing`, `storage` and `tiles` are the memory
+    levers, `anchor` is None but for the gradient method `reverse`, whose knob it is. `hardened`: each DLR-Net runs once
+    more with every block reading x alone, as the heal's hardening does. `masked`: some sequence is padded. `zero3`:
+    DeepSpeed's linear map at stage 3 is in use. `label_tokens`: those of the micro-batch, where not every token but the
+    last of a sequence has a label.
     """
 
     shape: ModelShape
@@ -33,6 +36,9 @@ class Pass:
     size: int
     training: Training
     checkpointing: str = "none"
+    storage: str = DEVICE
+    tiles: int = 1
+    anchor: int | None = None
     attention: str = "sdpa"
     device: str = "cuda"
     hardened: bool = False
@@ -44,6 +50,11 @@ class Pass:
         """A fresh tape, for a decoder layer or for what lies outside of them."""
         training = self.training if layer is None else self.training.of_layer(layer)
         return Tape(self.batch, self.length, self.size, training, self.device, part, self.zero3)
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether each layer is checkpointed."""
+        return self.checkpointing != "none"
 
     @property
     def labels(self) -> int:
@@ -63,15 +74,30 @@ class Layer:
     shared: frozenset[int]
     beside: tuple[Tensor, ...] = ()
 
-    def bytes(self, *, without_input: bool = False) -> int:
-        """Bytes saved, without the tables that all layers share; with checkpointing its input is kept in any case."""
-        left_out = self.shared | ({t.storage for t in (self.source, *self.beside)} if without_input else set())
-        return sum(size for storage, (_, size) in self.tape.saved.items() if storage not in left_out)
+    def left_out(self, without_input: bool) -> frozenset[int]:
+        """The storages that do not count as the layer's own: the shared tables; with checkpointing its input too."""
+        return self.shared | ({t.storage for t in (self.source, *self.beside)} if without_input else set())
+
+    def bytes(self, storage: str = DEVICE, *, without_input: bool = False) -> int:
+        """Bytes of what is saved as a storage has it (`Tape.kept_bytes`), without what is left out."""
+        return self.tape.kept_bytes(storage, without=self.left_out(without_input))
+
+    def peak_bytes(self, storage: str = DEVICE, *, without_input: bool = False) -> int:
+        """The most of its own bytes on the device while its backward runs, with what is checkpointed inside."""
+        at_once = 0 if storage == HOST else self.bytes(storage, without_input=without_input)
+        return max(at_once, self.tape.inner_peak_bytes(storage, without=self.left_out(without_input)))
 
     @property
     def input_bytes(self) -> int:
+        """What is kept of it on the device where it is checkpointed (`inputs`)."""
+        return self.inputs().kept_bytes()
+
+    def inputs(self) -> Tape:
         """What is kept of it where it is checkpointed: its input, or nothing where no gradient goes through it."""
-        return sum(t.elements * t.size for t in (self.source, *self.beside)) if self.tape.saved else 0
+        tape = self.tape.inside()
+        for tensor in (self.source, *self.beside) if self.tape.saved else ():
+            tape.save(tensor)
+        return tape
 
 
 def stream_flows(run: Pass) -> bool:
@@ -88,7 +114,7 @@ def flows(run: Pass, layer: int) -> bool:
 
 def embedded_flows(run: Pass) -> bool:
     """Whether a gradient is asked of the token embedding: peft asks for it where adapters meet checkpointing."""
-    return "embedding" in run.training.trained or bool(run.training.adapted and run.checkpointing != "none")
+    return "embedding" in run.training.trained or bool(run.training.adapted and run.checkpointed)
 
 
 def embedding(run: Pass) -> Tape:
@@ -97,7 +123,7 @@ def embedding(run: Pass) -> Tape:
     trained = tape.weights_trained()
     if trained:
         tape.save(tape.new(tape.tokens, False, INT64))
-    x = tape.new(tape.tokens * parts.embedding_width, embedded_flows(run))
+    x = tape.new(tape.tokens * parts.embedding_width, embedded_flows(run), row=parts.embedding_width)
     if parts.embedding_width != run.shape.width:
         tape.part = "projection"
         x = tape.linear(x, parts.embedding_width, run.shape.width)
@@ -114,7 +140,7 @@ def embedding(run: Pass) -> Tape:
 def head(run: Pass) -> Tape:
     """Final norm, language-model head and loss (evaluate.cross_entropy_sum), on the stream behind the last layer."""
     tape, parts, shape = run.tape("norm"), run.parts, run.shape
-    x = tape.new(tape.tokens * shape.width, flows(run, shape.layers))
+    x = tape.new(tape.tokens * shape.width, flows(run, shape.layers), row=shape.width)
     if run.training.side:
         x = tape.add(x, side_update(tape, run))
     if parts.final_norm:
@@ -155,7 +181,7 @@ def norm(tape: Tape, parts: Layout, x: Tensor, width: int) -> Tensor:
 def decoder_layer(run: Pass, layer: int) -> Layer:
     """One decoder layer: attention and MLP or DLR-Net, in the family's wiring."""
     tape, shape, parts = run.tape(layer=layer), run.shape, run.parts
-    x = tape.new(tape.tokens * shape.width, flows(run, layer))
+    x = tape.new(tape.tokens * shape.width, flows(run, layer), row=shape.width)
     tables = tuple(tape.new(run.length * parts.rotary, False) for _ in range(2))
     before = parts.norm_first
     y = norm(tape, parts, x, shape.width) if before else x
@@ -176,29 +202,31 @@ def decoder_layer(run: Pass, layer: int) -> Layer:
 def side_start(tape: Tape, run: Pass) -> None:
     """What a side network reads of the embedding's output, which is normalised without a gradient: s_0 = P_0 h_0."""
     tape.part = "side"
-    tape.linear(tape.new(tape.tokens * run.shape.width, False), run.shape.width, run.training.side)
+    stream = tape.new(tape.tokens * run.shape.width, False, row=run.shape.width)
+    tape.linear(stream, run.shape.width, run.training.side)
 
 
 def side_layer(run: Pass) -> Layer:
     """A layer of a side network, on what it has so far and a frozen layer's output (attacks/ladder.py)."""
     tape, width, side = run.tape("side"), run.shape.width, run.training.side
     tokens, heads = tape.tokens, shapes.side_heads(side)
-    s, h = tape.new(tokens * side, True), tape.new(tokens * width, False)
+    s, h = tape.new(tokens * side, True, row=side), tape.new(tokens * width, False, row=width)
     seen = tape.linear(h, width, side)
     difference = tape.add(s, seen)
     stream = tape.add(seen, tape.multiply(tape.kept_output(tape.new(1, True)), difference))
     qkv = tape.linear(rms_divided(tape, stream), side, 3 * side)
-    attended = tape.new(tokens * side, True)
-    for kept in (qkv, attended, tape.new(tokens * heads, False, FP32)):
+    attended = tape.new(tokens * side, True, row=side // heads)
+    into = (tape.view(qkv, tokens * side, row=side // heads) for _ in range(3))
+    for kept in (*into, attended, tape.new(tokens * heads, False, FP32, row=run.length)):
         tape.save(kept)
     products = 2 * run.batch * run.length**2 * side
     tape.forward_flops[tape.part] += 2 * products
     tape.fused_flops += 2 * products
     tape.backward_flops[tape.part] += 4 * products
     tape.kernel_flops += products
-    stream = tape.add(stream, tape.linear(attended, side, side))
+    stream = tape.add(stream, tape.linear(tape.view(attended, attended.elements, row=side), side, side))
     both = tape.linear(rms_divided(tape, stream), side, 4 * side)
-    gate, up = (tape.view(both, 2 * tokens * side) for _ in range(2))
+    gate, up = (tape.view(both, 2 * tokens * side, row=2 * side) for _ in range(2))
     hidden = tape.multiply(tape.activation(gate, "silu"), up)
     tape.add(stream, tape.linear(hidden, 2 * side, side))
     return Layer(tape, s, frozenset(), (h,))
@@ -207,34 +235,64 @@ def side_layer(run: Pass) -> Layer:
 def side_update(tape: Tape, run: Pass) -> Tensor:
     """What a side network adds to the last layer's output: U n(s_N)."""
     tape.part = "side"
-    last = tape.new(tape.tokens * run.training.side, True)
+    last = tape.new(tape.tokens * run.training.side, True, row=run.training.side)
     return tape.linear(rms_divided(tape, last), run.training.side, run.shape.width)
 
 
 def mlp(tape: Tape, run: Pass, x: Tensor, layer: int) -> Tensor:
-    """A base MLP or a DLR-Net, and the dropout behind it."""
+    """A base MLP or a DLR-Net, whole or in tiles, and the dropout behind it."""
     shape = run.shape
-    tape.part = "mlp"
-    if shape.ranks and layer in shape.ranks:
-        out = dlr_net(tape, shape, x, shape.ranks[layer])
-        if run.hardened:
-            flat_error(tape, shape, x, shape.ranks[layer])
-    else:
-        out = base_mlp(tape, shape, x, run.shape.family.own_maps)
-    out = tape.dropout(out, run.parts.dropout["residual"])
-    tape.part = ""
+    tape.part, tape.joined = "mlp", shape.family.inline
+    if not (x.grad or tape.changes("mlp", shape.mlp_bias)):  # the levers leave alone what asks for no gradient
+        run = replace(run, tiles=1, anchor=None, checkpointing="none")
+    out = module(tape, run, x, layer) if run.tiles == 1 else tiled(tape, run, x, layer)
+    if run.hardened and shape.ranks and layer in shape.ranks:
+        flat_error(tape, shape, x, shape.ranks[layer])
+    if not shape.family.dropout:
+        out = tape.dropout(out, run.parts.dropout["residual"])
+    tape.part, tape.joined = "", False
     return out
+
+
+def module(tape: Tape, run: Pass, x: Tensor, layer: int) -> Tensor:
+    """The module of an MLP or DLR-Net, with the dropout that GPT-2's has inside."""
+    shape = run.shape
+    ranks = (shape.ranks or {}).get(layer)
+    if ranks is None:
+        out = base_mlp(tape, shape, x, shape.family.own_maps)
+    elif run.anchor is not None:
+        out = reversed_net(tape, run, x, ranks)
+    elif run.checkpointing == "nested":
+        out = nested_net(tape, shape, x, ranks)
+    else:
+        out = dlr_net(tape, shape, x, ranks)
+    return tape.dropout(out, run.parts.dropout["residual"]) if shape.family.dropout else out
+
+
+def tiled(tape: Tape, run: Pass, x: Tensor, layer: int) -> Tensor:
+    """The module on one piece of the tokens after the other, each checkpointed (attacks/tile_tokens.py)."""
+    width, pieces = run.shape.width, min(run.tiles, tape.tokens)
+    least, longer = divmod(tape.tokens, pieces)
+    known: dict[int, tuple[Tape, bool]] = {}
+    for index in range(pieces):
+        rows = least + (index < longer)
+        piece = tape.view(x, rows * width)
+        if rows not in known:
+            inside = tape.inside(rows)
+            known[rows] = inside, module(inside, run, piece, layer).grad
+        tape.checkpoint(known[rows][0], piece)
+    return tape.new(x.elements, any(grad for _, grad in known.values()), row=width)
 
 
 def base_mlp(tape: Tape, shape: ModelShape, x: Tensor, own: bool) -> Tensor:
     """down(s(gate x) * up x), or down(s(up x))."""
-    tokens, inner = tape.tokens, shape.inner
+    inner = shape.inner
     if not shape.family.gated:
         hidden = tape.activation(tape.linear(x, shape.width, inner, own, shape.mlp_bias), shape.activation)
     else:
         if shape.family.fused:
             both = tape.linear(x, shape.width, 2 * inner, bias=shape.mlp_bias)
-            gate, up = tape.view(both, tokens * inner), tape.view(both, tokens * inner)
+            gate, up = (tape.view(both, tape.tokens * inner, row=inner) for _ in range(2))
         else:
             gate, up = (tape.linear(x, shape.width, inner, bias=shape.mlp_bias) for _ in range(2))
         hidden = tape.multiply(tape.activation(gate, shape.activation), up)
@@ -243,25 +301,69 @@ def base_mlp(tape: Tape, shape: ModelShape, x: Tensor, own: bool) -> Tensor:
 
 def dlr_net(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...], flat: bool = False) -> Tensor:
     """d_{k+1} = d_k + B_k s(A_k n(x + b d_k)), as modeling/dlr_net.py writes it; `flat`: each block reads x alone."""
-    form, tokens, d = FORMS[shape.form], tape.tokens, None
+    return through(tape, shape, ranks, x, None, flat)
+
+
+def through(
+    tape: Tape, shape: ModelShape, ranks: Sequence[int], x: Tensor, d: Tensor | None, flat: bool = False
+) -> Tensor:
+    """Some consecutive blocks of a DLR-Net: d before them (None: zero) to d behind them."""
     for rank in ranks:
         u = x if d is None or flat else tape.add(x, tape.scale(d))
-        if form.norm:
-            u = rms_divided(tape, u)
-        hidden = tape.linear(u, shape.width, rank * (2 if form.gated else 1), bias=shape.mlp_bias)
-        if form.gated:
-            gate, up = tape.view(hidden, tokens * rank), tape.view(hidden, tokens * rank)
-            hidden = tape.multiply(tape.activation(gate, shape.activation), up)
-        else:
-            hidden = tape.activation(hidden, shape.activation)
-        out = tape.linear(hidden, rank, shape.width)
+        out = tape.linear(code(tape, shape, u, rank), rank, shape.width)
         d = out if d is None else tape.add(d, out)
     return d
 
 
+def code(tape: Tape, shape: ModelShape, u: Tensor, rank: int) -> Tensor:
+    """What goes into B_k, s(A_k n(u))."""
+    form, tokens = FORMS[shape.form], tape.tokens
+    if form.norm:
+        u = rms_divided(tape, u)
+    hidden = tape.linear(u, shape.width, rank * (2 if form.gated else 1), bias=shape.mlp_bias)
+    if not form.gated:
+        return tape.activation(hidden, shape.activation)
+    gate, up = (tape.view(hidden, tokens * rank, row=rank) for _ in range(2))
+    return tape.multiply(tape.activation(gate, shape.activation), up)
+
+
+_segment_length = functools.cache(shapes.segment_length)
+
+
+def nested_net(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    """A DLR-Net whose blocks are checkpointed in segments (attacks/ckpt_nested.py)."""
+    length, d = _segment_length(shape.form, shape.width, ranks, shape.activation), None
+    for start in range(0, len(ranks), length):
+        inside = tape.inside()
+        before, d = d, through(inside, shape, ranks[start : start + length], x, d)
+        tape.checkpoint(inside, *((x,) if before is None else (x, before)))
+    return d
+
+
+def reversed_net(tape: Tape, run: Pass, x: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    """A DLR-Net that keeps x, its codes, its last d and d at anchors, whatever is trained (attacks/reverse.py).
+
+    Its backward runs every block once more, which torch's counter counts as backward, and goes through it as autograd
+    would were a gradient asked of every block's input.
+    """
+    shape, wide = run.shape, max(tape.size, FP32)
+    scratch = tape.inside()
+    for rank in ranks:
+        code(scratch, shape, tape.new(x.elements, True, row=shape.width), rank)
+        scratch.linear(tape.new(tape.tokens * rank, True, row=rank), rank, shape.width)
+    tape.forward_flops += scratch.forward_flops
+    tape.backward_flops += scratch.forward_flops + scratch.backward_flops
+    d = tape.new(x.elements, True, wide, row=shape.width)
+    anchors = len(range(run.anchor, len(ranks), run.anchor)) if run.anchor else 0
+    kept = [x, d, *(tape.new(tape.tokens * rank, True, row=rank) for rank in ranks)]
+    for tensor in kept + [tape.new(x.elements, False, wide, row=shape.width) for _ in range(anchors)]:
+        tape.save(tensor)
+    return tape.cast(d, tape.size)
+
+
 def flat_error(tape: Tape, shape: ModelShape, x: Tensor, ranks: tuple[int, ...]) -> None:
     """The hardening term w max(0, t - e_flat) on a detached x (distil.py)."""
-    detached = Tensor(x.elements, x.size, False, x.storage, x.compact)
+    detached = replace(x, grad=False)
     error = token_error(tape, dlr_net(tape, shape, detached, ranks, flat=True))
     tape.kept_output(tape.scale(error))
 
@@ -276,7 +378,7 @@ def token_error(tape: Tape, student: Tensor) -> Tensor:
 
 def rms_divided(tape: Tape, u: Tensor) -> Tensor:
     """u / (||u|| D^-1/2 + eps): keeps u, the fp32 norm and the divisor."""
-    length = tape.new(tape.tokens, u.grad, FP32)
+    length = tape.new(tape.tokens, u.grad, FP32, row=1)
     if u.grad:
         tape.save(u)
         tape.save(length)
@@ -286,7 +388,7 @@ def rms_divided(tape: Tape, u: Tensor) -> Tensor:
 def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
     """Self-attention: maps, rotation, the products or the fused kernel, and the output map."""
     parts, width, own = run.parts, run.shape.width, run.shape.family.own_maps
-    tape.part = "attention"
+    tape.part, tape.coded = "attention", False
     inner, narrow = parts.heads * parts.head_dim, parts.kv_heads * parts.head_dim
     if parts.fused:
         q, k, v = split_heads(tape, run, tape.linear(x, width, parts.qkv_width, own, parts.qkv_bias))
@@ -302,7 +404,8 @@ def attention(tape: Tape, run: Pass, x: Tensor, tables: tuple[Tensor, ...]) -> T
         q, k = (rotate(tape, parts, t, tables) for t in (q, k))
     fused = run.attention == "sdpa" and not falls_back(run)
     out = fused_attention(tape, run, q, k, v) if fused else eager_attention(tape, run, q, k, v)
-    return tape.linear(out, inner, width, own, parts.out_bias)
+    tape.coded = True
+    return tape.linear(tape.view(out, out.elements, row=inner), inner, width, own, parts.out_bias)
 
 
 def falls_back(run: Pass) -> bool:
@@ -333,9 +436,9 @@ def split_heads(tape: Tape, run: Pass, both: Tensor) -> tuple[Tensor, Tensor, Te
 
 def qk_norm(tape: Tape, parts: Layout, x: Tensor) -> Tensor:
     """A norm over each head of queries or keys."""
-    part, tape.part = tape.part, "norm"
-    y = (tape.layer_norm if parts.qk_norm == LAYER else tape.rms_norm)(x, parts.head_dim)
-    tape.part = part
+    part, tape.part, tape.coded = tape.part, "norm", True  # a module of its own
+    y = (tape.layer_norm if parts.qk_norm == LAYER else tape.rms_norm)(replace(x, row=parts.head_dim), parts.head_dim)
+    tape.part, tape.coded = part, False
     return tape.view(y, y.elements, compact=False)
 
 
@@ -365,7 +468,9 @@ def eager_attention(tape: Tape, run: Pass, q: Tensor, k: Tensor, v: Tensor) -> T
     scores = tape.matmul(q, k, pairs * parts.head_dim, pairs)
     narrow = run.shape.family.model_type in ("falcon", "gpt2")  # their softmax stays in the model's precision
     weights = tape.cast(tape.kept_output(scores, run.size if narrow else FP32), run.size)
-    weights = tape.dropout(weights, parts.dropout["attention"])
+    tape.coded = narrow  # theirs is a module, other families call a function
+    weights = tape.dropout(replace(weights, row=run.length), parts.dropout["attention"])
+    tape.coded = False
     return tape.scale(tape.matmul(weights, v, pairs * parts.head_dim, tape.tokens * parts.heads * parts.head_dim))
 
 

@@ -12,7 +12,7 @@ from dlrscale import catalogue, shapes
 from dlrscale.errors import ConfigError
 from dlrscale.planner.tape import Training
 from dlrscale.shapes import ModelShape
-from dlrscale.shapes.layout import Layout, layer_tensors, layout, maps, parameters
+from dlrscale.shapes.layout import Layout, Tensors, layer_tensors, layout, maps, outer_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,25 @@ class Model:
 
     def tensors(self) -> Iterator[tuple[int, bool, int]]:
         """Its parameter tensors: elements, whether trained, and how many equal ones follow one another."""
-        for t in parameters(self.shape, self.parts):
-            yield t.numel, self.training.has(t.part, t.bias, t.layer), t.count
-        yield from self._adapters()
-        if self.training.side:
-            yield from self._side()
+        yield from self._tensors
+
+    @cached_property
+    def _tensors(self) -> list[tuple[int, bool, int]]:
+        training, ranks = self.training, self.shape.ranks or {}
+        before, after = ([(t.numel, training.has(t.part, t.bias), t.count) for t in some] for some in self._outer)
+        known: dict[object, list[tuple[int, bool, int]]] = {}
+        for layer in range(self.shape.layers):
+            key = ranks.get(layer), layer >= training.first
+            if key not in known:
+                own = layer_tensors(self.shape, self.parts, layer)
+                known[key] = [(t.numel, training.has(t.part, t.bias, layer), t.count) for t in own]
+            before += known[key]
+        side = self._side() if training.side else ()
+        return [*before, *after, *self._adapters(), *side]
+
+    @cached_property
+    def _outer(self) -> tuple[list[Tensors], list[Tensors]]:
+        return outer_tensors(self.shape, self.parts)
 
     def _adapters(self) -> Iterator[tuple[int, bool, int]]:
         training, shape = self.training, self.shape
@@ -89,7 +103,7 @@ class Model:
 
     def outside(self, part: str) -> int:
         """Trained elements of a part outside of the decoder layers."""
-        found = (t for t in parameters(self.shape, self.parts) if t.layer is None and t.part == part)
+        found = (t for some in self._outer for t in some if t.part == part)
         return sum(t.numel * t.count for t in found if self.training.has(t.part, t.bias))
 
 
@@ -122,12 +136,8 @@ def flat_shape(locked: ModelShape) -> ModelShape:
         locked: The shape of a locked model.
 
     Returns:
-        The shape after the transform `flatten`.
-
-    Raises:
-        SurgeryError: If the form is no ordinary MLP of the family.
+        The shape after the transform `flatten` of whole nets.
     """
-    shapes.check_flattens(locked)
     form, family = shapes.FORMS[locked.form], locked.family
     widths = [sum(ranks) for ranks in locked.ranks.values()]
     if len(locked.ranks) < locked.layers:
@@ -136,8 +146,43 @@ def flat_shape(locked: ModelShape) -> ModelShape:
     return replace(locked, locked=False, form=None, ranks=None, inner=max(widths), mlp_bias=biased)
 
 
+def transformed_shape(shape: ModelShape, transform: str, knobs: Mapping[str, float | str]) -> ModelShape:
+    """The shape of a model after a transform; of a model that is not locked, its own.
+
+    Which blocks `drop-blocks` takes is known to no plan; ranks of a DLR-Net differ by at most one, and those that stay
+    are taken to be the largest.
+
+    Args:
+        shape: The model's shape, locked or not.
+        transform: The transform.
+        knobs: The strategy's knobs.
+
+    Returns:
+        The shape of what is trained then.
+
+    Raises:
+        SurgeryError: If the form is no ordinary MLP of the family and the transform would have to take it for one.
+    """
+    if not shape.ranks or transform == "none":
+        return shape
+    if transform == "drop-blocks":
+        drop = float(knobs.get("drop", 0.0))
+        left = {i: sorted(r, reverse=True)[: shapes.blocks_left(len(r), drop)] for i, r in shape.ranks.items()}
+        return replace(shape, ranks={layer: tuple(ranks) for layer, ranks in left.items()})
+    if transform == "undistil":
+        if knobs.get("start") == "fresh":
+            return replace(shape, locked=False, form=None, ranks=None)
+        shapes.check_flattens(shape, "--strategy undistil with start=flat", "Start it with --set start=fresh.")
+        return flat_shape(shape)
+    group = int(knobs.get("group", 0))
+    if not shapes.flattens_whole(shape, group):
+        return replace(shape, ranks={i: shapes.grouped_ranks(ranks, group) for i, ranks in shape.ranks.items()})
+    shapes.check_flattens(shape)
+    return flat_shape(shape)
+
+
 def attacked(
-    config: Mapping[str, Any], shape: ModelShape, entry: catalogue.Strategy, knobs: Mapping[str, float]
+    config: Mapping[str, Any], shape: ModelShape, entry: catalogue.Strategy, knobs: Mapping[str, float | str]
 ) -> Model:
     """The model that an attack trains.
 
@@ -154,8 +199,7 @@ def attacked(
         ConfigError: If it has fewer layers than are to be trained, or nothing that is.
     """
     parts = layout(config, shape)
-    if entry.transform == "flatten" and shape.ranks:
-        shape = flat_shape(shape)
+    shape = transformed_shape(shape, entry.transform, knobs)
     trains = entry.trains
     if trains.untied:
         shape = replace(shape, tied=False)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from dlrscale.catalogue import Strategy
 from dlrscale.planner import workspace
 from dlrscale.planner.activations import Activations
 from dlrscale.planner.forward import Pass
@@ -29,6 +30,25 @@ from dlrscale.planner.states import (
 )
 
 
+def inside(levers: Any, entry: Strategy, knobs: Mapping[str, float]) -> dict[str, Any]:
+    """The levers that act inside a model, as a plan takes them.
+
+    Args:
+        levers: Resolved levers, or a configuration that has them.
+        entry: The strategy, or a combination by hand.
+        knobs: Its knobs.
+
+    Returns:
+        Values of a plan's fields by name.
+    """
+    return {
+        "checkpointing": levers.activation_checkpointing,
+        "storage": levers.activation_storage,
+        "tiles": levers.tiles,
+        "anchor": int(knobs["anchor"]) if entry.gradient == "reverse" else None,
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What one attack needs on the fullest device and host.
@@ -37,7 +57,10 @@ class Plan:
         model: The model and what of it is trained.
         ds_config: The merged DeepSpeed configuration.
         dtype: `fp32`, `bf16` or `fp16`.
-        checkpointing: `none` or `layer`.
+        checkpointing: `none`, `layer` or `nested`.
+        storage: `device`, `host` or `int8`, where what the layers keep lies.
+        tiles: Pieces in which the tokens go through each MLP or DLR-Net.
+        anchor: The knob of the gradient method `reverse`; None: another method.
         micro_batch: Sequences per rank and forward.
         seq_len: Tokens of a sequence.
         num_ranks: Devices.
@@ -56,6 +79,9 @@ class Plan:
     num_ranks: int = 1
     nodes: int = 1
     ranks_per_node: int = 1
+    storage: str = "device"
+    tiles: int = 1
+    anchor: int | None = None
     attention: str = "sdpa"
     device: str = "cuda"
 
@@ -70,6 +96,9 @@ class Plan:
             size=DTYPE_BYTES[self.dtype],
             training=self.model.training,
             checkpointing=self.checkpointing,
+            storage=self.storage,
+            tiles=self.tiles,
+            anchor=self.anchor,
             attention=self.attention,
             device=self.device,
             zero3=zero3_linear(self.ds_config),
@@ -99,8 +128,9 @@ class Plan:
         if self.model.training.first:  # layers that keep nothing take their room in passing
             passing = states_in(self.states, FORWARD) | workspace.passing_bytes(kept.run)
             forward_pass = max(forward_pass, passing, key=lambda terms: sum(terms.values()))
+        kept_on_host = Term(host=kept.host_bytes, during=(BACKWARD,))
         return Needs(
-            states=self.states,
+            states=self.states | ({"activations": kept_on_host} if kept.host_bytes else {}),
             phases={FORWARD: forward_pass, BACKWARD: self._backward(), STEP: states_in(self.states, STEP)},
             model_bytes=self.model.total * DTYPE_BYTES[self.dtype],
             ranks_per_node=self.ranks_per_node,
@@ -113,7 +143,8 @@ class Plan:
         where they are not held for good: that of the last map stands beside all that its layer saved, the others of an
         MLP at the latest when what it saved has gone. At the loss there are none yet, nothing is done with them
         (`backward`), and DeepSpeed asks for buckets with the first of them. Stage 0 sums them when all are there, in a
-        flat copy (`buckets`).
+        flat copy (`buckets`). In tiles an MLP's gradients are whole sums that wait for its first piece, beside the
+        largest that one piece has made.
         """
         kept, always = self.activations, states_in(self.states, BACKWARD)
         whole, summing = always.pop("gradients"), {"buckets": always["buckets"]}
@@ -129,20 +160,23 @@ class Plan:
         done += model.training.side * model.shape.width
         at_loss = moment(0, kept.held_bytes, "logits and loss", workspace.loss_backward_bytes(kept.run))
         moments = [at_loss | dict.fromkeys(("backward", *(["buckets"] if asked_for else [])), 0)]
+        if model.training.side:
+            moments.append(moment(0, kept.behind_loss_bytes, "inside a layer", workspace.norm_bytes(kept)))
         of_mlp, of_layer = self.model.trained_by_layer()
         for layer in reversed(range(self.model.shape.layers)):
             if not kept.layers[layer].tape.saved:  # no gradient comes so far
                 break
-            alive, beside = kept.alive_bytes(layer), workspace.attention_bytes(kept)
+            alive = kept.alive_bytes(layer)
             if model.training.side:
-                behind = alive + kept.norm_bytes if layer == model.shape.layers - 1 else 0
-                moments.append(moment(0, behind, "inside a layer", workspace.norm_bytes(kept)))
                 moments.append(moment(done, alive, "inside a layer", workspace.side_bytes(kept)))
                 done += of_layer[layer]
                 continue
-            last = self.model.last_map(layer)
-            moments.append(moment(done + last, alive, "inside a layer", workspace.mlp_bytes(kept, layer)))
-            moments.append(moment(done + of_mlp[layer], alive - kept.mlp_bytes(layer), "inside a layer", beside))
+            inside, last = workspace.mlp_bytes(kept, layer), self.model.last_map(layer)
+            if self.tiles > 1:
+                inside, last = inside + kept.run.size * (of_mlp[layer] + last), 0
+            moments.append(moment(done + last, alive, "inside a layer", inside))
+            left, beside = kept.attention_bytes(layer), workspace.attention_bytes(kept)
+            moments.append(moment(done + of_mlp[layer], left, "inside a layer", beside))
             done += of_layer[layer]
         moments.append(moment(self.model.trained, 0, "inside a layer", 0) | summing)
         return max(moments, key=lambda terms: sum(terms.values()))

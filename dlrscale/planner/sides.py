@@ -13,7 +13,7 @@ from dlrscale.errors import ConfigError
 from dlrscale.planner.hardware import Hardware
 from dlrscale.planner.locking import LockPlan
 from dlrscale.planner.model import attacked, locked_shape
-from dlrscale.planner.plan import Plan
+from dlrscale.planner.plan import Plan, inside
 from dlrscale.shapes import ModelShape, presets
 from dlrscale.shapes.layout import layout
 
@@ -111,7 +111,7 @@ def attack_plans(question: Question) -> dict[str, Plan]:
     return {
         side: Plan(
             model=attacked(question.config, shape, question.entry, question.knobs),
-            checkpointing=question.levers.activation_checkpointing or "none",
+            **inside(question.levers, question.entry, question.knobs),
             **question.setup,
         )
         for side, shape in sides(question).items()
@@ -126,6 +126,8 @@ def notes(question: Question) -> list[str]:
     window = config.get("sliding_window")
     if window and question.seq_len > window and config.get("use_sliding_window", True):
         found.append(f"Sequences are longer than the sliding window ({window}): its mask is not counted.")
+    if question.entry.transform == "drop-blocks":
+        found.append("Which blocks drop-blocks takes is not known: those that stay are taken to be the largest.")
     if parts.dropout["attention"] and question.attention == "sdpa":
         found.append("Attention has a dropout: what a fused kernel keeps for it is not counted.")
     return found

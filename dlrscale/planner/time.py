@@ -13,14 +13,15 @@ def step_bounds(plan: Plan, hardware: Hardware) -> dict[str, float]:
 
     - `compute`: all FLOPs of a rank, what is run again included, over the dense 16-bit rate; not for fp32. Of fused
       attention, whose kernel leaves the masked half out, half.
-    - `memory`: weights read in forward, backward and, with checkpointing, once more; saved tensors written and read;
-      master weights and optimizer states read and written.
+    - `memory`: weights read in forward, backward and, with checkpointing, once more; saved tensors, and those that are
+      saved again, written and read; master weights and optimizer states read and written.
     - `links` within a host, `network` between hosts: what a ring or its like must move per device. Gradients are summed
       and weights gathered once, 2 (W - 1) / W e T; at stage 3 weights that do not stay whole are gathered in forward
       and backward, 2 (W - 1) / W e (T + F), and gradients summed once. Between M hosts (M - 1) / M of it crosses,
       shared by the devices of a host, each with its own port.
     - `host`: the larger of both directions. With an offloaded optimizer gradients go to the host, and weights come back
-      unless they live there; with offloaded parameters these come in forward and backward.
+      unless they live there; with offloaded parameters these come in forward and backward; activations that are kept
+      there go and come.
 
     Args:
         plan: The plan of an attack.
@@ -32,15 +33,13 @@ def step_bounds(plan: Plan, hardware: Hardware) -> dict[str, float]:
     size, ranks = DTYPE_BYTES[plan.dtype], plan.num_ranks
     kept = plan.activations
     total, trained = plan.model.total * size, plan.model.trained * size
-    checkpointed = plan.checkpointing == "layer"
     states = sum(plan.states[name].device for name in ("master", "optimizer"))
-    moved = (3 if checkpointed else 2) * total + 2 * (kept.held_bytes + (sum(kept.layer_bytes) if checkpointed else 0))
+    moved = (3 if kept.run.checkpointed else 2) * total + 2 * (kept.held_bytes + kept.again_bytes)
     if plan.stage == 3:
         on_links = plan.accumulation * (2 * max(0, total - size * plan.stays_whole) + trained)
     else:
         on_links = 2 * trained
-    to_host = trained / ranks if plan.offloads("offload_optimizer") else 0
-    from_host = 2 * plan.accumulation * total / ranks if plan.offloads("offload_param") else to_host
+    to_host, from_host = host_traffic(plan)
     crossing = (plan.nodes - 1) / plan.nodes * on_links / plan.ranks_per_node
     work = {
         "compute": (plan.accumulation * least_flops(plan), hardware.bf16_flops_per_s if size == 2 else None),
@@ -50,6 +49,24 @@ def step_bounds(plan: Plan, hardware: Hardware) -> dict[str, float]:
         "host": (max(to_host, from_host), hardware.host_link_bytes_per_s),
     }
     return {name: amount / rate for name, (amount, rate) in work.items() if rate and amount}
+
+
+def host_traffic(plan: Plan) -> tuple[float, float]:
+    """Bytes that a rank must send to its host in an optimizer step, and that it must get from it.
+
+    Args:
+        plan: The plan of an attack.
+
+    Returns:
+        Both.
+    """
+    size, ranks = DTYPE_BYTES[plan.dtype], plan.num_ranks
+    activations = plan.accumulation * plan.activations.host_bytes
+    to_host = plan.model.trained * size / ranks if plan.offloads("offload_optimizer") else 0
+    from_host = to_host
+    if plan.offloads("offload_param"):
+        from_host = 2 * plan.accumulation * plan.model.total * size / ranks
+    return to_host + activations, from_host + activations
 
 
 def least_flops(plan: Plan) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dlrscale import record
-from dlrscale.report import page, plots, tables
+from dlrscale.report import page, plots, seeds, tables
 from dlrscale.report.claims import Claim, judge
 from dlrscale.report.runs import Lock, Run, group
 
@@ -51,9 +51,13 @@ def summary_table(records: Sequence[Any]) -> str:
     """
     parts = []
     for lock in group(_runs(records)):
-        table = tables.summary(lock)
-        parts.append(f"{lock.title}\n{page.plain(table)}")
+        found = [tables.summary(lock), *seeds.blocks(lock)]
+        parts.append("\n\n".join([f"{lock.title}\n{page.plain(found[0])}", *map(_named, found[1:])]))
     return "\n\n".join(parts) + "\n" if parts else "No attack and no lock in these records.\n"
+
+
+def _named(table: page.Table) -> str:
+    return f"{table.caption}\n{page.plain(table)}"
 
 
 def claims(records: Sequence[Any]) -> list[Claim]:
@@ -90,7 +94,7 @@ def _blocks(runs: list[Run], locks: list[Lock], figures: list[plots.Figure]) -> 
         blocks += [page.Heading(2, "Locks"), tables.locks(locks)]
     blocks += [figure for figure in figures if figure.lock is None]
     for lock in locks:
-        blocks += [page.Heading(2, lock.title), *tables.sections(lock)]
+        blocks += [page.Heading(2, lock.title), *tables.sections(lock), *seeds.blocks(lock)]
         blocks += [figure for figure in figures if figure.lock is lock]
     blocks += [page.Heading(2, "All runs"), tables.all_runs(runs)]
     return blocks

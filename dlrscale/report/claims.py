@@ -198,7 +198,7 @@ def _optimisation(locks: Sequence[Lock]) -> Claim:
         if figures:
             lines.append(f"{lock.short}: task loss after training, base and locked (difference): {'; '.join(figures)}.")
     if lines:
-        lines.append(f"{_seeds(locks)}, untuned learning rate.")
+        lines.append(f"{_seeds(locks)}, {_tuning(locks)}.")
     else:
         lines.append("No attack with a held-out task loss on both sides.")
     return Claim("C3", "optimisation: standard fine-tuning is made harder", OPEN, "\n".join(lines))
@@ -207,6 +207,17 @@ def _optimisation(locks: Sequence[Lock]) -> Claim:
 def _seeds(locks: Sequence[Lock]) -> str:
     seeds = {str(pair.any.seed) for lock in locks for pair in lock.pairs if pair.any.seed is not None}
     return "One seed" if len(seeds) < 2 else f"{len(seeds)} seeds"
+
+
+def _tuning(locks: Sequence[Lock]) -> str:
+    """Whether the settings were searched on both sides alike."""
+    runs = [run for lock in locks for pair in lock.pairs for run in (pair.base, pair.locked) if run is not None]
+    trials = {run.settings.get("search_trials") or 0 for run in runs}
+    return (
+        f"tuned in {trials.pop()} trials on each side"
+        if len(trials) == 1 and 0 not in trials
+        else ("untuned learning rate" if trials <= {0} else "learning rate not tuned alike in all")
+    )
 
 
 def _adaptive(locks: Sequence[Lock]) -> Claim:
@@ -231,7 +242,7 @@ def _adaptive(locks: Sequence[Lock]) -> Claim:
                 f"{f'; the same on the base model {loss(base)}' if base is not None else ''}."
             )
     if found:
-        lines.append(f"{_seeds(locks)}, untuned learning rate.")
+        lines.append(f"{_seeds(locks)}, {_tuning(locks)}.")
     else:
         lines.append("No attack that knows the lock, such as flatten, among these records.")
     return Claim("C4", "adaptive: it withstands attackers who know the lock", OPEN, "\n".join(lines))

@@ -20,7 +20,8 @@ SIDE_KEYS = frozenset(
         "name",
         "tracking_uri", "experiment", "command", "checkpoint_every", "keep_checkpoints", "max_hours",
         "hostfile",
-        "deepspeed_config", "debug", "force", "dry_run", "side", "kind",
+        "deepspeed_config", "debug", "force", "dry_run", "side", "kind", "search", "search_trials", "trial",
+        "stop_above", "target", "base_result", "pruned_at",
     }
 )  # fmt: skip
 DEVICE_KEYS = ("type", "kind", "name", "accelerator", "count", "num_ranks", "world_size")
@@ -77,9 +78,22 @@ class Run:
         by_step = {(row.get("phase"), row.get("step")): row for row in rows}  # steps done twice count once
         return list(by_step.values())
 
-    @cached_property
+    @property
+    def is_trial(self) -> bool:
+        """Whether this is a trial of a search: never a row of a table."""
+        return self.kind == "attack" and self.settings.get("heldout_part") == "tune"
+
+    @property
     def key(self) -> str:
         """What two runs must have in common to be the two sides of one row."""
+        return json.dumps([self.settings_key, self.seed])
+
+    @cached_property
+    def settings_key(self) -> str:
+        """What two runs have in common that differ in the seed alone, and in the side.
+
+        The id of a search stands for all settings: what it chose may differ from side to side.
+        """
         settings = self.settings
         kept = {
             k: v
@@ -90,7 +104,8 @@ class Run:
         if isinstance(device, dict):
             device = {k: device[k] for k in DEVICE_KEYS if k in device}
         merged = _without_paths(self.record.get("deepspeed_config"))
-        parts = [self.strategy, self.seed, device, kept, merged]
+        kept.pop("seed", None)
+        parts = [self.strategy, device, settings.get("search") or [kept, merged]]
         return json.dumps(parts, sort_keys=True, default=str)
 
     @property
@@ -132,6 +147,12 @@ class Pair:
         return str(self.any.strategy or "-")
 
     @property
+    def name(self) -> str:
+        """Name of the strategy, with the trials of the search that its settings come from."""
+        trials = self.any.settings.get("search_trials")
+        return f"{self.strategy}, {trials} trials" if trials else self.strategy
+
+    @property
     def where(self) -> str:
         """Where both peaks were measured: on the accelerator if it was, else as resident host memory."""
         sides = [run for run in (self.base, self.locked) if run is not None]
@@ -151,12 +172,34 @@ class Pair:
 
 
 @dataclass(eq=False)
+class Search:
+    """The trials of one search on one lock and its base."""
+
+    id: str
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Name of the strategy that is tuned."""
+        return str(self.runs[0].strategy or "-")
+
+    def trials(self, side: str) -> list[Run]:
+        """The trials of a side, in their order."""
+        return sorted((run for run in self.runs if run.side == side), key=lambda run: run.settings.get("trial") or 0)
+
+
+@dataclass(eq=False)
 class Lock:
     """One lock: its run, if it is among the records, and its attacks. No `id`: attacks on base alone."""
 
     id: str | None
     run: Run | None
     pairs: list[Pair] = field(default_factory=list)
+    searches: list[Search] = field(default_factory=list)
+
+    def search_of(self, run: Run) -> Search | None:
+        """The search that a run's settings come from, if it is among the records."""
+        return next((s for s in self.searches if s.id == run.settings.get("search")), None)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -205,7 +248,7 @@ def group(runs: list[Run]) -> list[Lock]:
     for run in runs:
         if run.kind == "lock" and run.id:
             locks[str(run.id)] = Lock(str(run.id), run)
-    attacks = [run for run in runs if run.kind == "attack"]
+    attacks = [run for run in runs if run.kind == "attack" and not run.is_trial]
     locked: dict[str, list[Run]] = {}
     for run in attacks:
         if run.side == "locked":
@@ -216,6 +259,7 @@ def group(runs: list[Run]) -> list[Lock]:
     if bases and not locks:
         alone = Lock(None, None)
         alone.pairs = _pair(bases, [])
+        alone.searches = _searches(runs, None)
         return [alone]
     for lock_id, lock in locks.items():
         mine = locked.get(lock_id, [])
@@ -223,7 +267,21 @@ def group(runs: list[Run]) -> list[Lock]:
         digest = lock.base_digest
         fitting = [run for run in bases if not digest or not run.base_digest or run.base_digest == digest]
         lock.pairs = _pair(fitting, mine)
+        lock.searches = _searches(runs, lock)
     return sorted(locks.values(), key=_order)
+
+
+def _searches(runs: list[Run], lock: Lock | None) -> list[Search]:
+    """The searches on a lock, with those on its base that belong to them."""
+    found: dict[str, Search] = {}
+    for run in runs:
+        if not run.is_trial:
+            continue
+        mine = run.side == "base" if lock is None else run.settings.get("lock_id") == lock.id
+        if mine:
+            search = str(run.settings.get("search"))
+            found.setdefault(search, Search(search)).runs.append(run)
+    return list(found.values())
 
 
 def _order(lock: Lock) -> tuple[str, float, str]:
@@ -252,14 +310,15 @@ def _pair(bases: list[Run], locked: list[Run]) -> list[Pair]:
 
 def _label(pairs: list[Pair]) -> None:
     """Name each row by its strategy and by what sets it apart from other rows of that strategy."""
-    for _, rows in itertools.groupby(sorted(pairs, key=lambda p: p.strategy), key=lambda p: p.strategy):
+    for name, rows in itertools.groupby(sorted(pairs, key=lambda p: p.name), key=lambda p: p.name):
         alike = list(rows)
-        flat = [_flat(pair.any.settings) | {"seed": pair.any.seed} for pair in alike]
+        tuned = any(pair.any.settings.get("search") for pair in alike)
+        flat = [({} if tuned else _flat(pair.any.settings)) | {"seed": pair.any.seed} for pair in alike]
         names = sorted({name for settings in flat for name in settings})
         apart = [n for n in names if len({json.dumps(s.get(n), default=str) for s in flat}) > 1]
         for pair, settings in zip(alike, flat, strict=True):
             notes = ", ".join(f"{name} {settings.get(name)}" for name in apart)
-            pair.label = f"{pair.strategy} ({notes})" if notes else pair.strategy
+            pair.label = f"{name} ({notes})" if notes else name
     for label in {pair.label for pair in pairs}:
         same = [pair for pair in pairs if pair.label == label]
         if len(same) > 1:

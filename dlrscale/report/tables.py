@@ -130,8 +130,10 @@ def head(runs: Sequence[Run]) -> list[page.Block]:
     ]
     dates = sorted(str(run.started) for run in runs if run.started)
     outcomes = [str(run.outcome) for run in runs]
+    count_trials = sum(run.is_trial for run in runs)
+    trials = f" ({count_trials} of them trials of searches)" if count_trials else ""
     rows = [
-        ["runs", ", ".join(f"{outcomes.count(o)} {o}" for o in dict.fromkeys(outcomes))],
+        ["runs", ", ".join(f"{outcomes.count(o)} {o}" for o in dict.fromkeys(outcomes)) + trials],
         [
             "started",
             MISSING if not dates else dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}",
@@ -317,9 +319,9 @@ def summary(lock: Lock) -> Table:
 
 
 def all_runs(runs: Sequence[Run]) -> Table:
-    """Every run with its outcome and, where it failed, why."""
+    """Every run but trials, with its outcome and, where it failed, why."""
     rows = []
-    for run in sorted(runs, key=lambda r: str(r.started)):
+    for run in sorted((run for run in runs if not run.is_trial), key=lambda r: str(r.started)):
         error = run.error
         if isinstance(error, dict):
             error = error.get("message") or error.get("text") or str(error)

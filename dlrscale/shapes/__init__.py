@@ -250,11 +250,32 @@ def param_ratio(form: str, shape: ModelShape, ranks: Sequence[int]) -> float:
     return dlr_params(form, shape.width, ranks, shape.mlp_bias) / shape.mlp_params
 
 
-def check_flattens(shape: ModelShape) -> None:
+def flattens_whole(shape: ModelShape, group: int) -> bool:
+    """Whether flattening in groups of so many blocks (0: all) makes one of each DLR-Net of a locked model."""
+    return not group or group >= max(map(len, shape.ranks.values()))
+
+
+def grouped_ranks(ranks: Sequence[int], group: int) -> tuple[int, ...]:
+    """The ranks of a DLR-Net of which each `group` consecutive blocks became one."""
+    return tuple(sum(ranks[start : start + group]) for start in range(0, len(ranks), group))
+
+
+def blocks_left(depth: int, drop: float) -> int:
+    """How many of K blocks stay when the fraction `drop` of them, rounded down, goes: at least one."""
+    return max(1, depth - int(drop * depth + 1e-9))
+
+
+def check_flattens(
+    shape: ModelShape,
+    option: str = "--strategy flatten",
+    mend: str = "Regress one on it instead (undistil), or choose another --strategy.",
+) -> None:
     """Refuse, from the shape alone, a model whose DLR-Nets are no ordinary MLPs of its family.
 
     Args:
         shape: The shape of a locked model.
+        option: What asked for it, for the message.
+        mend: What to do instead, for the message.
 
     Raises:
         SurgeryError: If the form divides per token (prenorm), is gated where MLPs have two matrices, or is plain
@@ -269,8 +290,7 @@ def check_flattens(shape: ModelShape) -> None:
         why = "needs biases, which its config.json cannot give to an MLP,"
     if why:
         raise SurgeryError(
-            f"--strategy flatten: the form {form.name} {why} and is no ordinary MLP of {family.model_type}. "
-            "Regress one on it instead (undistil), or choose another --strategy."
+            f"{option}: the form {form.name} {why} and is no ordinary MLP of {family.model_type}. {mend}"
         )
 
 
@@ -338,6 +358,27 @@ def segment_peak(form: str, width: int, ranks: Sequence[int], activation: str, l
 def segment_length(form: str, width: int, ranks: Sequence[int], activation: str) -> int:
     """The length of segments at which `segment_peak` is smallest; of several, the longest: fewest are cut."""
     return min(range(len(ranks), 0, -1), key=lambda length: segment_peak(form, width, ranks, activation, length))
+
+
+def reversed_bytes(shape: ModelShape, layer: int, dtype_bytes: int, anchor: int) -> int:
+    """Bytes per token that a layer's DLR-Net keeps under `reverse`: x and the codes, and in fp32 or wider d_K, anchors.
+
+    In elements 2 D + sum(R), and D more for every anchor: d before each m-th block but the first. Whether factors are
+    trained does not matter. Where the attention reads the same x, x is the attention's.
+
+    Args:
+        shape: The shape of a locked model.
+        layer: The layer.
+        dtype_bytes: Bytes of an element of the model's precision.
+        anchor: m; 0: no anchors.
+
+    Returns:
+        Bytes.
+    """
+    ranks = shape.ranks[layer]
+    streams = 1 + (len(range(anchor, len(ranks), anchor)) if anchor else 0)
+    inputs = 0 if shape.shared_input else shape.width
+    return (inputs + sum(ranks)) * dtype_bytes + streams * shape.width * max(dtype_bytes, 4)
 
 
 def saved_bytes(shape: ModelShape, layer: int, dtype_bytes: int, trainable: bool = True) -> int:

@@ -211,23 +211,28 @@ def parameters(shape: ModelShape, parts: Layout) -> Iterator[Tensors]:
     Yields:
         The tensors; parts are `embedding`, `projection`, `attention`, `norm`, `mlp` and `head`. A tied head has none.
     """
-    width, opt = shape.width, shape.family.model_type == "opt"
-    final = _norm(parts, width) if parts.final_norm else []
-    yield Tensors("embedding", shape.vocabulary * parts.embedding_width)
-    if parts.positions:
-        yield Tensors("embedding", parts.positions * width)
-    if parts.embedding_width != width:
-        yield Tensors("projection", parts.embedding_width * width, 2)
-    if opt:
-        yield from final
+    before, after = outer_tensors(shape, parts)
+    yield from before
     for layer in range(shape.layers):
         yield from layer_tensors(shape, parts, layer)
-    if not opt:
-        yield from final
+    yield from after
+
+
+def outer_tensors(shape: ModelShape, parts: Layout) -> tuple[list[Tensors], list[Tensors]]:
+    """The parameter tensors before the decoder layers, and those behind them."""
+    width = shape.width
+    before, after = [Tensors("embedding", shape.vocabulary * parts.embedding_width)], []
+    if parts.positions:
+        before.append(Tensors("embedding", parts.positions * width))
+    if parts.embedding_width != width:
+        before.append(Tensors("projection", parts.embedding_width * width, 2))
+    if parts.final_norm:
+        (before if shape.family.model_type == "opt" else after).extend(_norm(parts, width))
     if not shape.tied:
-        yield Tensors("head", shape.vocabulary * parts.embedding_width)
+        after.append(Tensors("head", shape.vocabulary * parts.embedding_width))
     if parts.head_bias:
-        yield Tensors("head", shape.vocabulary, bias=True)
+        after.append(Tensors("head", shape.vocabulary, bias=True))
+    return before, after
 
 
 def _norm(parts: Layout, width: int, layer: int | None = None) -> list[Tensors]:

@@ -126,6 +126,8 @@ def naming(entry: Mapping[str, Any], folder: Path | str) -> dict[str, Any]:
     """
     lock_id = entry["id"] if entry["kind"] == "lock" else entry["config"].get("lock_id")
     tags = {key: entry.get(key) for key in ("id", "resume_id", "kind", "strategy", "side")} | {"lock_id": lock_id}
+    if entry["config"].get("heldout_part") == "tune":  # a trial is a child of its search
+        tags |= {"search": entry["config"]["search"], "trial": f"{entry['config']['trial']}"}
     return {
         "experiment": EXPERIMENT,
         "run_name": entry["name"],

@@ -155,9 +155,10 @@ class Mirror:
         experiment_id = self._experiment_id()
         run = self._find_own(experiment_id)
         tags = dict(self.tags)
-        is_child = self.parent_lock_id and tags.get(TAG + "kind") != "lock"
+        is_trial = bool(tags.get(TAG + "search"))
+        is_child = (self.parent_lock_id or is_trial) and tags.get(TAG + "kind") != "lock"
         if is_child and not (run and run.data.tags.get(PARENT)):
-            tags[PARENT] = self._parent(experiment_id)
+            tags[PARENT] = self._search_parent(experiment_id) if is_trial else self._parent(experiment_id)
         if run is None:
             with suppress(Exception):
                 import getpass
@@ -376,6 +377,20 @@ class Mirror:
                 self.client.update_run(run.info.run_id, name=self.run_name)
                 self.client.delete_tag(run.info.run_id, TAG + "stand_in")
         return run
+
+    def _search_parent(self, experiment_id: str) -> str:
+        """Id of the run that stands for this trial's search on this side; made by the first trial, below the lock."""
+        own = {key: self.tags[TAG + key] for key in ("search", "side", "lock_id") if self.tags.get(TAG + key)}
+        wanted = own | {"kind": "search"}
+        run = self._search([experiment_id], **wanted)
+        if run is None:
+            tags = {TAG + key: value for key, value in wanted.items()}
+            if self.parent_lock_id:
+                tags[PARENT] = self._parent(experiment_id)
+            name = f"search-{own['search'][:8]}-{own.get('side', 'base')}"
+            run = self.client.create_run(experiment_id, tags=tags, run_name=name)
+            self.client.set_terminated(run.info.run_id, "FINISHED")
+        return run.info.run_id
 
     def _parent(self, experiment_id: str) -> str:
         """Id of the run of this attack's lock: here, else in another experiment, else a stand-in made now."""

@@ -185,6 +185,43 @@ def checkpoint(case: dict) -> dict:
     return {"whole": whole, "resumed": resumed, "state": state, "found": engine.checkpoints(folder)}
 
 
+def gate(case: dict) -> dict:
+    """The gradient check on LoRA adapters and a trained head norm, and the losses of a training with and without it.
+
+    `broken`: layers are checkpointed in the reentrant way, through which no gradient passes where their inputs ask for
+    none: adapters stay at their start, and the loss falls all the same, by the norm.
+    """
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint
+
+    from dlrscale.attacks import lora
+    from dlrscale.attacks.levers import Levers
+    from dlrscale.jobs import gates
+
+    losses, found = [], {}
+    for checked in (True, False):
+        config = settings(AttackConfig, case)
+        model = tiny_llama().train()
+        shape = shapes.model_shape(model.config.to_dict())
+        torch.manual_seed(1)
+        adapted = lora.choose(model, shape, {"rank": 2, "alpha": 4, "dropout": 0.0})
+        model.model.norm.requires_grad_(True)
+        for layer in model.model.layers:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=case["broken"])
+        levers = Levers(model, shape, config)
+        ds = engine.Engine(adapted, [p for p in adapted.parameters() if p.requires_grad], merged(config))
+        plan, objective, phases = batches(config, ds), LanguageModelling(), Phases(ds.device)
+        if checked:
+            found = gates.gradient(ds, levers, plan.step(0).micro_batches[0], "device")
+        for step in range(STEPS):
+            ds.set_lr(LR)
+            row = objective(ds, plan.step(step), phases)
+            losses.append([row["loss/train"], row["optim/grad_norm"]])
+    return {"gate": found, "with": losses[:STEPS], "without": losses[STEPS:]}
+
+
 def job(case: dict) -> dict:
     """A whole job, from its configuration to its record."""
     from dlrscale import config, jobs
@@ -217,14 +254,18 @@ def whole(ds: engine.Engine, model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def cut_job(case: dict) -> dict:
-    """A job that breaks right after its first checkpoint; the same job run again goes on from there."""
+    """A job that breaks right after its first checkpoint; the same job run again goes on from there.
+
+    `part` says of which training: the run's own, "", or that of its transform.
+    """
     from dlrscale.train import Loop
 
     save = Loop.save
 
     def save_and_break(self, done: int) -> None:
         save(self, done)
-        raise RuntimeError("cut")
+        if self.part == case.get("part", ""):
+            raise RuntimeError("cut")
 
     Loop.save = save_and_break
     try:

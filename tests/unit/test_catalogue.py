@@ -10,7 +10,8 @@ from dlrscale.errors import ConfigError
 
 NAMES = (
     "full", "full-offload", "ckpt-layer", "ckpt-nested", "ckpt-offload", "act-offload", "act-int8", "tile-tokens",
-    "reverse", "lora", "lora-attn", "flatten", "norms", "last-k", "head", "ladder",
+    "reverse", "lora", "lora-attn", "flatten", "undistil", "drop-blocks", "norms", "last-k",
+    "head", "ladder",
 )  # fmt: skip
 
 
@@ -24,7 +25,7 @@ def test_the_strategies_and_their_defaults():
     rest = ("device", 1, "AdamW")
     assert levers_of("full") == (2, False, False, "none", *rest)
     assert levers_of("full-offload") == (3, True, True, "none", *rest)
-    for name in ("ckpt-layer", "reverse", "lora", "lora-attn", "flatten"):
+    for name in ("ckpt-layer", "reverse", "lora", "lora-attn", "flatten", "undistil", "drop-blocks"):
         assert levers_of(name) == (2, False, False, "layer", *rest)
     assert levers_of("ckpt-nested")[3:] == ("nested", *rest)
     assert levers_of("ckpt-offload")[3:] == ("layer", "host", 1, "AdamW")
@@ -40,13 +41,14 @@ def test_the_other_axes():
     assert rows["reverse"] == ("none", "all", "reverse")
     assert rows["lora"] == ("none", "lora", "backprop")
     assert rows["lora-attn"] == ("none", "lora-attn", "backprop")
-    assert rows["flatten"] == ("flatten", "all", "backprop")
+    for name in ("flatten", "undistil", "drop-blocks"):
+        assert rows[name] == (name, "all", "backprop")
 
 
 def test_axes_by_hand_bring_their_knobs_and_fixed_levers():
     mixed = catalogue.combined("reverse", transform="flatten", trainable="lora")
     assert (mixed.name, mixed.transform, mixed.trainable, mixed.gradient) == ("reverse", "flatten", "lora", "reverse")
-    assert [k.name for k in mixed.knobs] == ["rank", "alpha", "dropout", "anchor"]
+    assert [k.name for k in mixed.knobs] == ["group", "rank", "alpha", "dropout", "anchor"]
     assert mixed.trains == catalogue.strategy("lora").trains
     plain = catalogue.combined("lora", trainable="all")
     assert plain.knobs == ()

@@ -399,6 +399,10 @@ def test_a_deepspeed_file_that_says_the_same_is_no_contradiction(call, place, ll
         (("--strategy", "full", "--seq-len", 65), ("--seq-len 65", "at most 64")),
         (("--strategy", "full", "--columns", "a=b"), ("--columns a=b",)),
         (("--strategy", "full", "--heldout-base", "missing.txt"), ("missing.txt",)),
+        (("--strategy", "undistil", "--set", "text=public"), ("text=public", "--public-data")),
+        (("--strategy", "full", "--public-data", "missing.txt"), ("--public-data", "does not read it")),
+        (("--strategy", "undistil", "--set", "text=public", "--public-data", "missing.txt"), ("missing.txt",)),
+        (("--strategy", "drop-blocks", "--set", "drop=0.95"), ("--set drop=0.95", "0.0 to 0.9")),
         (("--strategy", "full", "--data", "missing.txt"), ("missing.txt",)),
         ((), ("--strategy",)),
     ],
@@ -447,6 +451,8 @@ def test_settings_that_a_run_would_ignore_are_refused(call, place, llama_folder)
 def test_flattening_what_is_no_mlp_is_refused_before_anything_starts(call, place, gpt2_gated_folder):
     line = attack_line(place, gpt2_gated_folder, "--strategy", "flatten")
     refuse(call, place[0], line, "--strategy flatten", "gated", "gpt2", "undistil")
+    line = attack_line(place, gpt2_gated_folder, "--strategy", "undistil")
+    refuse(call, place[0], line, "undistil with start=flat", "gated", "gpt2", "--set start=fresh")
 
 
 @pytest.mark.parametrize("dry", [True, False])

@@ -513,18 +513,6 @@ def test_flattening_an_unlocked_model_is_refused(make_llama):
         export.flattened_model(make_llama())
 
 
-def test_the_transform_flatten(locked, llama_folder, tmp_path):
-    from dlrscale.attacks import flatten
-
-    assert flatten.apply(llama_folder, tmp_path / "x") == llama_folder
-    assert not (tmp_path / "x").exists()
-    out = flatten.apply(locked["llama-tied"], tmp_path / "flat")
-    assert out == tmp_path / "flat"
-    assert type(models.load_model(out)) is LlamaForCausalLM
-    assert models.stored_dtype(locked["gpt2-bf16"]) == "bf16"
-    assert models.stored_dtype(llama_folder) == "fp32"
-
-
 def test_lora_on_a_locked_model(locked):
     from dlrscale import attacks
 

@@ -159,7 +159,7 @@ def test_a_warm_student_at_coupling_zero_is_the_base(base, lock_config):
     for switch in switches:
         counted = sum(p.numel() for p in switch.net.parameters())
         assert counted == shapes.dlr_params(switch.net.form, shape.width, ranks, shape.mlp_bias)
-        matrices = [sum(p.numel() for p in m.parameters() if p.dim() == 2) for m in (switch.net, switch.mlp)]
+        matrices = [sum(p.numel() for p in m.parameters() if p.dim() == 2) for m in (switch.net, switch.teacher)]
         assert matrices[0] == matrices[1]
     with surgery.mode(switches, "student"):
         torch.testing.assert_close(logits(base), before, rtol=1e-3, atol=1e-4)

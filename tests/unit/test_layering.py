@@ -11,9 +11,9 @@ from dlrscale import catalogue
 PACKAGE = Path(__file__).resolve().parents[2] / "dlrscale"
 # A module imports only modules that stand before it. `embedded_model` holds data, no code.
 ORDER = (
-    "__init__", "errors", "record", "shapes", "folders", "catalogue", "config", "planner", "report", "tracking",
-    "launcher", "study", "measure", "engine", "modeling", "dlr", "models", "surgery", "data", "evaluate", "train",
-    "distil", "export", "attacks", "jobs", "cli",
+    "__init__", "errors", "record", "shapes", "folders", "catalogue", "config", "search", "planner", "report",
+    "tracking", "launcher", "study", "measure", "engine", "modeling", "dlr", "models", "surgery", "data", "evaluate",
+    "train", "distil", "export", "attacks", "jobs", "cli",
 )  # fmt: skip
 WITHOUT_TORCH = (
     "errors",
@@ -22,6 +22,7 @@ WITHOUT_TORCH = (
     "folders",
     "catalogue",
     "config",
+    "search",
     "planner",
     "report",
     "tracking",
@@ -30,6 +31,7 @@ WITHOUT_TORCH = (
 DOORS = {
     "deepspeed": ("engine", "launcher/node"),
     "mlflow": ("tracking",),
+    "optuna": ("search/sampler",),
     "click": ("cli",),
     "peft": ("attacks/lora",),
     "accelerate": ("models", "export"),
@@ -146,7 +148,7 @@ VALUES = {axis: set(catalogue.choices(axis)) - {usual} for axis, usual in catalo
 
 def test_the_catalogue_and_the_files_of_attacks_hold_together():
     """One file per value of an axis, and one per lever that acts inside a model, named after its strategy."""
-    shared = {"--init--", "levers", "stored", "chosen"}
+    shared = {"--init--", "levers", "stored", "chosen", "students"}
     files = {f.stem.replace("_", "-") for f in (PACKAGE / "attacks").glob("*.py")} - shared
     values = set().union(*VALUES.values())
     assert values <= files

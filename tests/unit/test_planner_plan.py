@@ -244,9 +244,8 @@ def test_flattened_and_unlocked_sides(make_llama):
     )  # fmt: skip
     plans = sides.attack_plans(question)
     assert plans["base"].needs.phases == plans["locked"].needs.phases
-    kept = sides.attack_plans(
-        dataclasses.replace(question, entry=catalogue.strategy("full"), levers=catalogue.Levers())
-    )
+    full = catalogue.strategy("full")
+    kept = sides.attack_plans(dataclasses.replace(question, entry=full, levers=full.resolve(catalogue.Levers())))
     assert kept["base"].activations.held_bytes < kept["locked"].activations.held_bytes
     assert len(sides.sides(question)["locked"].ranks[0]) == 4
     with pytest.raises(ConfigError, match="locked already"):

@@ -7,7 +7,7 @@ from dlrscale import report
 from dlrscale.errors import ConfigError
 from dlrscale.record import make_record
 from dlrscale.report import runs as report_runs
-from dlrscale.report import tables
+from dlrscale.report import seeds, tables
 
 D, F, N = 64, 172, 4
 EVIL = "<script>alert('x')</script> ![i](http://evil.example/x.png) | `c`"
@@ -336,3 +336,84 @@ def test_the_runs_show_plan_and_error():
     runs = [report_runs.Run(None, make_record(id="a" * 64, kind="attack", plan=plan)) for plan in (off, exact, None)]
     wanted = [["3.00 GiB", "-2.50 % (accelerator_peak)"], ["1.00 MiB", "0"], [tables.MISSING] * 2]
     assert [tables.plan(run) for run in runs] == wanted
+
+
+# --- Trials, seeds, targets and gates --------------------------------------------------------------------------
+
+LOCK_ID = "lock8" + "0" * 59
+PASSED = {"gradient": {"holds": True, "cosine": 0.99999}, "engaged": {"holds": True}}
+
+
+def tuned(seeds=(0, 1, 2), trials=4, **gates):
+    """A searched attack on both sides: rates that differ, three seeds, a target that the locked side misses once."""
+    found = [lock_record(LOCK_ID)]
+    for side, lr, tokens in (("base", 1e-3, 1000), ("locked", 5e-3, 2500)):
+        common = {"search": "s" * 64, "search_trials": trials, "lr": lr}
+        for number in range(trials):
+            own = common | {"heldout_part": "tune", "trial": number, "lr": lr * 2**number,
+                            "pruned_at": 5 if number == 3 else None}  # fmt: skip
+            spent = {"cost/tokens": 100.0, "loss/heldout_task": 2.0 + number / 10}
+            found.append(attack(side, "lora", LOCK_ID, metrics=spent, **own) | {"id": f"{side}trial{number}"})
+        for seed in seeds:
+            reached = not (side == "locked" and seed == 2)
+            values = {"target/loss": 2.2, "target/reached": float(reached), "target/tokens": tokens + seed,
+                      "target/flops": 1e12 * tokens, "target/device_hours": tokens / 1e5,
+                      "loss/heldout_task": (2.0 if side == "base" else 2.5) + seed / 10}  # fmt: skip
+            run = attack(side, "lora", LOCK_ID, seed=seed, metrics=values, **common, heldout_part="report", trial=0)
+            told = {"base_reaches": {"holds": True, "reached": 3, "runs": 3},
+                    "equal_search": {"holds": True, "trials": trials, "base_trials": trials}} | gates  # fmt: skip
+            found.append(run | {"gates": PASSED | (told if side == "locked" else {})})
+    return found
+
+
+def test_trials_are_no_rows_and_searched_sides_are_paired_by_seed(tmp_path):
+    (lock,) = report_runs.group(report._runs(tuned()))
+    assert [pair.label for pair in lock.pairs] == [f"lora, 4 trials (seed {seed})" for seed in range(3)]
+    assert all(pair.base and pair.locked and pair.base.seed == pair.locked.seed for pair in lock.pairs)
+    assert {pair.base.settings["lr"] for pair in lock.pairs} == {1e-3}
+    (search,) = lock.searches
+    assert [[run.settings["trial"] for run in search.trials(side)] for side in ("base", "locked")] == [[0, 1, 2, 3]] * 2
+    text = report.build([write(tmp_path / "in", tuned())], tmp_path / "out")[0].read_text()
+    assert "(8 of them trials of searches)" in text
+    listed = text[text.index("## All runs") :]
+    assert listed.count("| lora |") == 6
+    searches = text[text.index("**Searches**") :].splitlines()[4:6]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in searches]
+    assert rows[0] == ["lora", "base", "4", "1", "0", "0", "2.000", "0.00100", "-", "4", "-", "400"]
+    assert rows[1][7] == "0.00500"
+
+
+def test_means_and_targets_by_hand():
+    (lock,) = report_runs.group(report._runs(tuned()))
+    (row,) = seeds.means(lock).rows
+    assert row[:3] == ["lora, 4 trials", "0, 1, 2", "2.100 \u00b1 0.100 (n = 3)"]
+    assert row[3:5] == ["2.600 \u00b1 0.100 (n = 3)", "0.500 \u00b1 0.000 (n = 3)"]
+    first, _, third = seeds.targets(lock).rows
+    assert first[1:] == ["2.200", "1,000", "2,500", "2.50", "1e+15", "2.5e+15", "2.50", "0.0100", "0.0250", "2.50",
+                         "1,400", "2,900", "2.07"]  # fmt: skip
+    assert third[2:5] == ["1,002", ">2,502", ">2.50"]
+
+
+@pytest.mark.parametrize(
+    ("gates", "number", "counts"),
+    [
+        ({}, 3, "yes"),
+        ({}, 2, "no (seeds: 2 of 3)"),
+        ({"base_reaches": {"holds": False, "reached": 2, "runs": 3}}, 3, "no (base reaches: no, 2 of 3)"),
+        ({"equal_search": {"holds": False, "trials": 4, "base_trials": 3}}, 3, "no (equal search: no, 3 / 4 trials)"),
+        ({"base_reaches": {"holds": None, "why": "no target"}}, 3, "no (base reaches: no target)"),
+        ({"gradient": {"holds": None, "why": "mezo claims no exact gradient"}}, 3, "yes"),
+        ({"gradient": {"holds": False, "cosine": 0.5}}, 3, "no (gradient: no, cosine 0.500000)"),
+        ({"engaged": None}, 3, "no (engaged: not checked)"),
+    ],
+)  # fmt: skip
+def test_a_row_counts_only_if_all_its_gates_hold(gates, number, counts):
+    (lock,) = report_runs.group(report._runs(tuned(seeds=range(number), **gates)))
+    (row,) = seeds.gates(lock).rows
+    assert row[0] == "lora, 4 trials"
+    assert row[-2:] == [str(number), counts]
+
+
+def test_claims_say_how_the_settings_were_found():
+    assert "3 seeds, tuned in 4 trials on each side." in report.claims(tuned())[2].text
+    assert "untuned learning rate" in report.claims(family())[2].text

@@ -63,7 +63,7 @@ def test_the_student_has_no_dropout(make_gpt2, lock_config):
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     for switch in switches:
         assert not switch.net.training
-        torch.testing.assert_close(switch.net(x), switch.mlp(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(switch.net(x), switch.teacher(x), rtol=1e-4, atol=1e-5)
 
 
 def test_mode_goes_back_after_an_error(base, lock_config):
@@ -88,7 +88,7 @@ def test_parameters_match_the_formula(base, lock_config):
         counted = sum(p.numel() for p in switch.net.parameters())
         assert counted == shapes.dlr_params(switch.net.form, shape.width, ranks, shape.mlp_bias)
         # Parity: as many matrix parameters as the MLP beside it.
-        matrices = [sum(p.numel() for p in m.parameters() if p.dim() == 2) for m in (switch.net, switch.mlp)]
+        matrices = [sum(p.numel() for p in m.parameters() if p.dim() == 2) for m in (switch.net, switch.teacher)]
         assert matrices[0] == matrices[1]
 
 
@@ -138,7 +138,7 @@ def test_the_net_applies_the_activation_of_the_base(make_llama, lock_config):
     model = make_llama(hidden_act="relu")
     switch = install(model, lock_config)[0]
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    weights = models.mlp_weights(switch.mlp, shapes.FAMILIES["llama"])
+    weights = models.mlp_weights(switch.teacher, shapes.FAMILIES["llama"])
     expected = (F.relu(x @ weights.gate.T) * (x @ weights.up.T)) @ weights.down.T
     torch.testing.assert_close(switch.net(x), expected, rtol=1e-4, atol=1e-5)
 

@@ -107,6 +107,23 @@ def test_rows(make_loop, tmp_path):
     assert all("/" in key for _, row in loop.sink for key in row)
 
 
+@pytest.mark.parametrize(
+    ("limits", "pruned"),
+    [([], None), ([None, 3.0], None), ([None, 2.9], 4), ([3.9, 1.0], 2), ([4.0, None, 1.9], 6), ([4.0, 3.0], None),
+     ([None] * 4 + [0.5], None)],
+)  # fmt: skip
+def test_a_hopeless_run_ends_at_the_evaluation_that_shows_it(make_loop, tmp_path, limits, pruned):
+    """Losses at steps 2, 4 ... are 4, 3, 2, 2.5 and 1; the best so far counts, and the last step prunes nothing."""
+    losses = iter([4.0, 3.0, 2.0, 2.5, 1.0])
+    loop = make_loop(eval_every=2, checkpoint_every=1)
+    loop.evaluate = lambda: {"loss/heldout_task": next(losses)}
+    loop.stop_above, loop.engine.gather = limits, lambda value: [value]
+    assert loop.run(stage(steps=10), 0) == (pruned or 10)
+    assert loop.pruned_at == pruned
+    assert len(loop.rows) == len((tmp_path / "steps.jsonl").read_text().splitlines()) == (pruned or 10)
+    assert [step for _, step, *_ in loop.engine.saved] == list(range(1, pruned or 11))
+
+
 def test_a_second_stage_has_its_own_schedule(make_loop):
     loop = make_loop()
     done = loop.run(stage(name="distil"), 0)

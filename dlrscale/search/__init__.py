@@ -1,0 +1,10 @@
+"""The search of an attack's settings: what is tuned, in which order, what a run cost, and what came out.
+
+Nothing here runs a job: `cli/search.py` does that. `sampler.py` is the only door to Optuna.
+"""
+
+from dlrscale.search.result import Wanted, base_result, gates, search_id
+from dlrscale.search.space import Range, Space
+from dlrscale.search.target import Cost, Target, bill
+
+__all__ = ["Cost", "Range", "Space", "Target", "Wanted", "base_result", "bill", "gates", "search_id"]

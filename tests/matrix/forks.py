@@ -1,0 +1,117 @@
+"""Many small jobs in little time: each in forked processes of its own, from a parent that has imported all.
+
+A start of ranks costs some ten seconds of imports, more than a job on a tiny model. The children share the parent's
+pages, so that host peaks hold the imports as those of a fresh process do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from dlrscale import config as configuration
+from dlrscale import jobs, launcher, record
+from dlrscale.config import RunConfig
+from dlrscale.engine.devices import free_port, import_deepspeed
+from dlrscale.errors import ConfigError, DlrscaleError, describe
+
+CORES = 2
+LIMIT_S = 600.0
+
+
+def ready() -> None:
+    """Import what ranks need, once."""
+    os.environ.update({"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    os.environ.update({k: v for k, v in launcher.environment(1).items() if k.startswith(("HF_", "TRANSFORMERS_"))})
+    import torch
+
+    torch.set_num_threads(1)
+    import_deepspeed()
+
+
+def run(config: RunConfig) -> list[int]:
+    """Start the ranks of a job; their process ids."""
+    out = Path(config.out)
+    port, pids = str(free_port()), []
+    for rank in range(config.num_ranks):
+        pid = os.fork()
+        if pid:
+            pids.append(pid)
+            continue
+        code = 1
+        try:
+            os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE"), str(config.num_ranks))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            log = os.open(out / "ranks.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            code = jobs.run(config)
+        except DlrscaleError as error:
+            print(describe(error) or error, flush=True)
+        finally:
+            os._exit(code)
+    return pids
+
+
+def run_all(configs: Iterable[RunConfig], cores: int = CORES) -> dict[str, str]:
+    """Run jobs, as many at once as cores have room for their ranks; one that was done before is not run again.
+
+    Args:
+        configs: Their configurations, which are asked for one by one.
+        cores: Ranks at once.
+
+    Returns:
+        The fault of each job that was refused, by its name.
+    """
+    refused: dict[str, str] = {}
+    running: dict[tuple[int, ...], float] = {}
+
+    def wait(room: int) -> None:
+        while running and sum(map(len, running)) > cores - room:
+            for pids, started in list(running.items()):
+                if all(_ended(pid) for pid in pids):
+                    del running[pids]
+                elif time.monotonic() - started > LIMIT_S:
+                    for pid in pids:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, 9)
+            time.sleep(0.02)
+
+    for config in configs:
+        try:
+            merged = jobs.preflight(config)
+            ids = configuration.run_ids(config, merged)
+            done = configuration.check_folder(Path(config.out), *ids)
+        except ConfigError as error:
+            refused[config.name] = str(error)
+            continue
+        if done is None:
+            wait(min(cores, config.num_ranks))
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+            configuration.claim_folder(Path(config.out), *ids)
+            running[tuple(run(config))] = time.monotonic()
+    wait(cores)
+    return refused
+
+
+_gone: set[int] = set()
+
+
+def _ended(pid: int) -> bool:
+    if pid not in _gone:
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                return False
+        _gone.add(pid)
+    return True
+
+
+def last(config: RunConfig) -> dict | None:
+    """The newest record of a job, if it left one."""
+    file = Path(config.out) / record.RECORDS_FILE
+    rows = list(record.read_lines(file)) if file.exists() else []
+    return rows[-1] if rows else None

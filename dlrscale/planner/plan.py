@@ -193,6 +193,15 @@ class Plan:
         reused = int(section.get("stage3_max_reuse_distance", 1_000_000_000))
         return reused + self.states["persistent"].device // DTYPE_BYTES[self.dtype]
 
+    @property
+    def gone_through(self) -> int:
+        """Elements of the weights that backward reads: all but those of layers that no gradient goes through."""
+        model = self.model
+        if model.training.side:
+            return model.trained
+        skipped = sum(not layer.tape.saved for layer in self.activations.layers)  # the first ones
+        return model.total - sum(model.layer_elements[:skipped])
+
     def offloads(self, key: str) -> bool:
         """Whether `offload_optimizer` or `offload_param` is in force."""
         section = (self.ds_config.get("zero_optimization") or {}).get(key) or {}

@@ -198,6 +198,16 @@ def test_least_times_by_hand():
     assert least_time.step_bounds(plan, unknown) == least_time.hours(plan, unknown, 10**9) == {}
 
 
+def test_weights_that_backward_does_not_read(make_llama):
+    """Of two layers the trained one, of the head its matrix and what lies outside of the layers, of a ladder the side."""
+    model = make_llama()
+    config, layer = model.config.to_dict(), sum(p.numel() for p in model.model.layers[0].parameters())
+    total = sum(p.numel() for p in model.parameters())
+    left = {name: attack_plan(config, name).gone_through for name in ("full", "norms", "last-k", "head")}
+    assert left == {"full": total, "norms": total, "last-k": total - layer, "head": total - 2 * layer}
+    assert attack_plan(config, "ladder").gone_through == attack_plan(config, "ladder").model.trained
+
+
 def test_offload_is_bound_by_the_larger_direction(make_llama):
     config = make_llama().config.to_dict()
     section = {"stage": 3, "offload_optimizer": {"device": "cpu"}}

@@ -199,7 +199,7 @@ def test_least_times_by_hand():
 
 
 def test_weights_that_backward_does_not_read(make_llama):
-    """Of two layers the trained one, of the head its matrix and what lies outside of the layers, of a ladder the side."""
+    """Of two layers the trained one, of the head what lies outside of the layers, of a ladder the side."""
     model = make_llama()
     config, layer = model.config.to_dict(), sum(p.numel() for p in model.model.layers[0].parameters())
     total = sum(p.numel() for p in model.parameters())

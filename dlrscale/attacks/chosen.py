@@ -70,7 +70,7 @@ def save(trainable: str, state: dict[str, torch.Tensor], folder: Path, **about: 
         trainable: The trainable set.
         state: Whole weights by parameter name.
         folder: Where to.
-        about: What else the JSON beside them tells.
+        **about: What else the JSON beside them tells.
     """
 
     def write(temporary: Path) -> None:

@@ -12,9 +12,9 @@ token, and about 16 d in its block, whatever the model's MLPs are; where layers 
 logits are the model's own. A norm's scale folds into the map behind it, so there is none.
 
 Padding is on the right (data/): with causal attention no token that has a label sees it, so the side needs no mask.
-Ours beside the paper: the norms n, a start from random numbers (theirs prunes the backbone's weights, which would not
-be the same for base and locked). U in front of the final norm trains better than behind it: 3.09 against 3.25 nats on
-tinyshakespeare with stories260K (250 steps of 8 x 128 tokens, reduction 4, the best of three rates, two seeds).
+Ours beside the paper: the norms n, and a start from random numbers (theirs prunes the backbone's weights, which would
+not be the same for base and locked). U in front of the final norm trains better than behind it: 3.09 against 3.25 nats
+on tinyshakespeare with stories260K (250 steps of 8 x 128 tokens, reduction 4, the best of three rates, two seeds).
 
 Source: Ladder Side-Tuning (LST), arXiv 2206.06522.
 """
@@ -130,9 +130,8 @@ class Ladder(nn.Module):
         """Logits (B, T, V) of token ids (B, T), padded on the right; there is never a cache."""
         with torch.no_grad():
             self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        stream, last = self._stream, self._last
+        x = self._last + self.side(self._stream)
         self._stream, self._last = [], None
-        x = last + self.side(stream)
         for module in self._behind_layers:
             x = module(x)
         return CausalLMOutput(logits=x)

@@ -216,9 +216,7 @@ ROWS: tuple[Strategy, ...] = (
         cost="1 forward, and 1 more and 1 backward of the k layers",
         trainable="last-k",
         trains=Trains(parts=frozenset({"attention", "mlp", "norm"}), last="last"),
-        knobs=(
-            Knob(name="last", default=2, low=1, high=65536, text="k: trained decoder layers, counted from the end"),
-        ),
+        knobs=(Knob(name="last", default=2, low=1, high=65536, text="k: trained decoder layers, the last ones"),),
     ),
     Strategy(
         name="head",

@@ -12,7 +12,7 @@ from dlrscale.planner import forward
 from dlrscale.planner.forward import Layer, Pass
 from dlrscale.planner.tape import DEVICE, HOST, Tape
 
-STORED = frozenset({"norm", "projection", "side"})  # of what lies behind the last layer, what a storage acts on
+BEHIND = frozenset({"norm", "projection", "side", "head", "loss"})  # the parts of what lies behind the last layer
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,15 @@ class Activations:
         """What the embedding keeps."""
         return self._ends[0].kept_bytes(self.run.storage)
 
+    @property
+    def _stored_parts(self) -> set[str]:
+        """Of what lies behind the last layer, what a storage acts on: the backbone's, or a side network's alone."""
+        return {"side"} if self.run.training.side else {"norm", "projection"}
+
     def _stored_bytes(self) -> int:
         """What embedding, layers and final norm keep between forward and backward, where the storage has it."""
         run = self.run
-        around = self._embedding_bytes + self._ends[1].kept_bytes(run.storage, parts=STORED)
+        around = self._embedding_bytes + self._ends[1].kept_bytes(run.storage, parts=self._stored_parts)
         if run.checkpointed:
             return around + self._inputs[-1] + self.mask_bytes
         return around + sum(self.layer_bytes) + self.table_bytes
@@ -115,7 +120,12 @@ class Activations:
     @cached_property
     def held_bytes(self) -> int:
         """Everything saved on the device when forward ends."""
-        return self.stream_held_bytes + self._ends[1].kept_bytes(parts={"head", "loss"})
+        return self.stream_held_bytes + self._ends[1].kept_bytes(parts=BEHIND - self._stored_parts)
+
+    @property
+    def behind_loss_bytes(self) -> int:
+        """What of it is there when backward has gone through loss and head."""
+        return self.held_bytes - self._ends[1].kept_bytes(parts={"head", "loss"})
 
     @cached_property
     def host_bytes(self) -> int:

@@ -97,6 +97,16 @@ class Model:
         return self.trained - sum(rows * columns - rows - columns for rows, columns in pairs)
 
     @cached_property
+    def layer_elements(self) -> list[int]:
+        """Parameters of each decoder layer, without adapters."""
+        ranks, found = self.shape.ranks or {}, {}
+        for layer in range(self.shape.layers):
+            if ranks.get(layer) not in found:
+                tensors = layer_tensors(self.shape, self.parts, layer)
+                found[ranks.get(layer)] = sum(t.numel * t.count for t in tensors)
+        return [found[ranks.get(layer)] for layer in range(self.shape.layers)]
+
+    @cached_property
     def trained_by_layer(self) -> tuple[list[int], list[int]]:
         """Trained parameters of the MLP of each decoder layer, and of the whole layer."""
         found: dict[object, tuple[int, int]] = {}

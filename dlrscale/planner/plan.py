@@ -138,12 +138,8 @@ class Plan:
             "saved tensors": kept.held_bytes,
             "logits and loss": workspace.loss_forward_bytes(kept.run),
         }
-        if self.model.training.first or self.model.training.side:  # layers that keep nothing take their room in passing
-            inside = {
-                "saved tensors": kept.stream_held_bytes if self.model.training.side else 0,
-                "inside a layer": max(workspace.passing_bytes(kept.run, i) for i in {0, self.model.shape.layers - 1}),
-            }
-            passing = states_in(self.states, FORWARD) | inside
+        if self.model.training.first:  # layers that keep nothing take their room in passing
+            passing = states_in(self.states, FORWARD) | workspace.passing_bytes(kept.run)
             forward_pass = max(forward_pass, passing, key=lambda terms: sum(terms.values()))
         return self._needs({FORWARD: forward_pass, BACKWARD: self._backward(), STEP: states_in(self.states, STEP)})
 
@@ -181,6 +177,8 @@ class Plan:
         done += model.training.side * model.shape.width
         at_loss = moment(0, kept.held_bytes, "logits and loss", workspace.loss_backward_bytes(kept.run))
         moments = [at_loss | dict.fromkeys(("backward", *(["buckets"] if asked_for else [])), 0)]
+        if model.training.side:
+            moments.append(moment(0, kept.behind_loss_bytes, "inside a layer", workspace.norm_bytes(kept)))
         of_mlp, of_layer = self.model.trained_by_layer
         for layer in reversed(range(self.model.shape.layers)):
             if not kept.layers[layer].tape.saved:  # no gradient comes so far
@@ -217,6 +215,15 @@ class Plan:
         section = self.ds_config.get("zero_optimization") or {}
         reused = int(section.get("stage3_max_reuse_distance", 1_000_000_000))
         return reused + self.states["persistent"].device // DTYPE_BYTES[self.dtype]
+
+    @property
+    def gone_through(self) -> int:
+        """Elements of the weights that backward reads: all but those of layers that no gradient goes through."""
+        model = self.model
+        if model.training.side:
+            return model.trained
+        skipped = sum(not layer.tape.saved for layer in self.activations.layers)  # the first ones
+        return model.total - sum(model.layer_elements[:skipped])
 
     def offloads(self, key: str) -> bool:
         """Whether `offload_optimizer` or `offload_param` is in force."""

@@ -18,7 +18,8 @@ def step_bounds(plan: Plan, hardware: Hardware) -> dict[str, float]:
       saved again, written and read; master weights and optimizer states read and written.
     - `links` within a host, `network` between hosts: what a ring or its like must move per device. Gradients are summed
       and weights gathered once, 2 (W - 1) / W e T; at stage 3 weights that do not stay whole are gathered in forward
-      and backward, 2 (W - 1) / W e (T + F), and gradients summed once. Between M hosts (M - 1) / M of it crosses,
+      and backward, 2 (W - 1) / W e (T + F), and gradients summed once. In backward only layers count that a gradient
+      goes through. Between M hosts (M - 1) / M of it crosses,
       shared by the devices of a host, each with its own port.
     - `host`: the larger of both directions. With an offloaded optimizer gradients go to the host, and weights come back
       unless they live there; with offloaded parameters these come in forward and backward; activations that are kept
@@ -36,9 +37,11 @@ def step_bounds(plan: Plan, hardware: Hardware) -> dict[str, float]:
     total, trained = plan.model.total * size, plan.model.trained * size
     summed = trained if plan.gradient not in FORWARD_ONLY else 0
     states = sum(plan.states[name].device for name in ("master", "optimizer"))
-    moved = (3 if kept.run.checkpointed else 2) * total + 2 * (kept.held_bytes + kept.again_bytes)
+    back = plan.gone_through * size
+    moved = total + (2 if kept.run.checkpointed else 1) * back + 2 * (kept.held_bytes + kept.again_bytes)
     if plan.stage == 3:
-        on_links = plan.accumulation * (2 * max(0, total - size * plan.stays_whole) + summed)
+        gathered = sum(max(0, weights - size * plan.stays_whole) for weights in (total, back))
+        on_links = plan.accumulation * (gathered + summed)
     else:
         on_links = 2 * summed
     to_host, from_host = host_traffic(plan)
@@ -67,7 +70,7 @@ def host_traffic(plan: Plan) -> tuple[float, float]:
     to_host = plan.model.trained * size / ranks if plan.offloads("offload_optimizer") else 0
     from_host = to_host
     if plan.offloads("offload_param"):
-        from_host = 2 * plan.accumulation * plan.model.total * size / ranks
+        from_host = plan.accumulation * (plan.model.total + plan.gone_through) * size / ranks
     return to_host + activations, from_host + activations
 
 

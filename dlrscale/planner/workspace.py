@@ -107,20 +107,29 @@ def attention_bytes(kept: Activations) -> int:
     return tokens + pairs
 
 
-def passing_bytes(run: Pass, layer: int) -> int:
-    """What lives at once in the forward of a layer that keeps nothing: the stream and what its MLP or attention makes.
+def passing_bytes(run: Pass) -> dict[str, int]:
+    """What lives in the forward of the last layer that keeps nothing: what a side network has kept so far, and inside.
 
-    The stream, its norm, and of an MLP the activation, up and the product; of a DLR-Net x, d, u and a block's output,
-    and inside the block the same; of the attention q, k, v and the output.
+    The embedding's output, the layer's input, the stream behind its attention and the norm, 4 D; and of an MLP the
+    activation, up and the product, of a DLR-Net d, u and a block's output beside one block of these, or of the
+    attention q, k, v and what rotates them.
     """
-    shape, parts = run.shape, run.parts
-    form = FORMS[shape.form] if shape.ranks and layer in shape.ranks else None
-    inner = max(shape.ranks[layer]) if form else shape.inner
+    shape, parts, ranks = run.shape, run.parts, run.shape.ranks or {}
+    form = FORMS[shape.form] if 0 in ranks else None
+    inner = max(ranks[0]) if form else shape.inner
     gated = form.gated if form else shape.family.gated
     mlp = (3 if gated else 2) * inner + (3 if form else 0) * shape.width
-    heads = 2 * (parts.heads + parts.kv_heads) * parts.head_dim
-    pairs = 2 * parts.heads * run.length * (run.attention == "eager")
-    return run.batch * run.length * (2 * shape.width + max(mlp, heads + pairs)) * run.size
+    attention = 3 * (parts.heads + parts.kv_heads) * parts.head_dim + parts.heads * run.length * (
+        2 if run.attention == "eager" else 0
+    )
+    token = run.batch * run.length * run.size
+    kept = shape.layers * shape.width if run.training.side else 0
+    return {"saved tensors": token * kept, "inside a layer": token * (4 * shape.width + max(mlp, attention))}
+
+
+def norm_bytes(kept: Activations) -> int:
+    """Beside what is saved, in the backward of the final norm: the gradients of its factors in fp32, 5 D."""
+    return kept.run.batch * kept.run.length * 5 * kept.run.shape.width * FP32
 
 
 def side_bytes(kept: Activations) -> int:

@@ -235,9 +235,9 @@ def outer_tensors(shape: ModelShape, parts: Layout) -> tuple[list[Tensors], list
     return before, after
 
 
-def _norm(parts: Layout, width: int) -> list[Tensors]:
+def _norm(parts: Layout, width: int, layer: int | None = None) -> list[Tensors]:
     count = {RMS: 1, GEMMA: 1, LAYER: 2}[parts.norm] if parts.norm_affine else 0
-    return [Tensors("norm", width)] * count
+    return [Tensors("norm", width, 1, False, layer)] * count
 
 
 def maps(shape: ModelShape, parts: Layout, layer: int) -> Iterator[tuple[str, int, int, bool]]:
@@ -262,19 +262,20 @@ def layer_tensors(shape: ModelShape, parts: Layout, layer: int) -> Iterator[Tens
     """The parameter tensors of a decoder layer in the order of its `parameters()`."""
     attention, mlp = [], []
     if shape.mlp_bias and shape.ranks and layer in shape.ranks:
-        mlp.append(Tensors("mlp", shape.width, bias=True))  # the DLR-Net's own
+        mlp.append(Tensors("mlp", shape.width, 1, True, layer))  # the DLR-Net's own
     for part, inputs, outputs, bias in maps(shape, parts, layer):
         own = attention if part == "attention" else mlp
-        own.append(Tensors(part, inputs * outputs))
+        own.append(Tensors(part, inputs * outputs, 1, False, layer))
         if bias:
-            own.append(Tensors(part, outputs, bias=True))
+            own.append(Tensors(part, outputs, 1, True, layer))
     if parts.qk_norm:
-        attention += [Tensors("norm", parts.head_dim)] * (2 * (2 if parts.qk_norm == LAYER else 1))
-    norm = _norm(parts, shape.width)
+        count = 2 * (2 if parts.qk_norm == LAYER else 1)
+        attention += [Tensors("norm", parts.head_dim, 1, False, layer)] * count
+    norm = _norm(parts, shape.width, layer)
     ordered = {
         "gpt2": (norm, attention, norm, mlp),
         "gpt_neox": (norm, norm, attention, mlp),
         "opt": (attention, norm, mlp, norm),
     }.get(shape.family.model_type, (attention, mlp, *[norm] * parts.norms))
     for group in ordered:
-        yield from (tensors._replace(layer=layer) for tensors in group)
+        yield from group

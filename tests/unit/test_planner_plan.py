@@ -127,12 +127,8 @@ def test_peak_of_small_trainable_sets_against_live_tensors(make_llama, trainable
         plan.__dict__["states"] = dict.fromkeys(plan.states, states.Term()) | {"gradients": gradients}
         planned = max(plan.needs.peaks[phase] for phase in (states.FORWARD, states.BACKWARD))
         off = planned / live.peak - 1
-        print(
-            f"D {width}, K {depth}, V {vocabulary}, {trainable}, {checkpointing}: {off:+.2%}",
-            plan.needs.device_terms,
-            live.peak,
-        )
-        assert abs(off) < 0.1
+        print(f"D {width}, K {depth}, V {vocabulary}, {trainable}, {checkpointing}: {off:+.2%}")
+        assert abs(off) < 0.08
 
 
 @pytest.mark.parametrize("strategy", ["full", "ckpt-layer", "lora", "norms", "last-k", "head", "ladder"])
@@ -223,6 +219,16 @@ def test_least_times_by_hand():
     assert two_nodes["network"] == pytest.approx(bounds["links"] / (7 / 8) * (1 / 2) / 4 * 8)
     unknown = Hardware(name="x", memory_bytes=GIB, host_memory_bytes=GIB, devices_per_node=1)
     assert least_time.step_bounds(plan, unknown) == least_time.hours(plan, unknown, 10**9) == {}
+
+
+def test_weights_that_backward_does_not_read(make_llama):
+    """Of two layers the trained one, of the head what lies outside of the layers, of a ladder the side."""
+    model = make_llama()
+    config, layer = model.config.to_dict(), sum(p.numel() for p in model.model.layers[0].parameters())
+    total = sum(p.numel() for p in model.parameters())
+    left = {name: attack_plan(config, name).gone_through for name in ("full", "norms", "last-k", "head")}
+    assert left == {"full": total, "norms": total, "last-k": total - layer, "head": total - 2 * layer}
+    assert attack_plan(config, "ladder").gone_through == attack_plan(config, "ladder").model.trained
 
 
 def test_offload_is_bound_by_the_larger_direction(make_llama):

@@ -1,5 +1,4 @@
-"""The trainable sets norms, last-k, head and ladder on live models: what is trained, what gradients pass, what is
-kept."""
+"""The trainable sets norms, last-k, head and ladder on live models: what is trained, where gradients go."""
 
 import copy
 
@@ -7,10 +6,15 @@ import pytest
 import torch
 from test_layout import VARIANTS, build, locked_config
 
-from dlrscale import attacks, config, jobs, models, shapes
+from dlrscale import attacks, catalogue, config, jobs, models, shapes
 from dlrscale.attacks import head, ladder
+from dlrscale.attacks.levers import Levers
 from dlrscale.errors import ConfigError
 from dlrscale.evaluate import cross_entropy_sum
+from dlrscale.measure import SavedBytes
+from dlrscale.planner.activations import Activations
+from dlrscale.planner.forward import Pass
+from dlrscale.planner.model import attacked
 
 KNOBS = {"last": 1, "reduction": 4}
 
@@ -63,9 +67,7 @@ def test_no_gradient_goes_into_frozen_layers(make_llama, name):
     seen = []
     inner = model.model if name == "ladder" else model
     for layer in inner.model.layers:
-        layer.register_forward_hook(
-            lambda module, args, output: seen.append((args[0].requires_grad, output.requires_grad))
-        )
+        layer.register_forward_hook(lambda _, args, output: seen.append((args[0].requires_grad, output.requires_grad)))
     loss(model, tokens()).backward()
     assert seen[:2] == [(False, False), (False, name == "last-k")]
     assert len(seen) == 2
@@ -181,3 +183,28 @@ def test_norms_of_every_kind_and_all_biases(make_model):
     assert {f"model.layers.0.{n}" for n in ("self_attn.q_layernorm.weight", "mlp.fc1.bias", "self_attn.dense.bias",
             "input_layernorm.bias")} | {"lm_head.bias", "model.final_layernorm.weight"} <= trained  # fmt: skip
     assert not any(name.endswith("weight") and "norm" not in name for name in trained)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+@pytest.mark.parametrize("storage", ["host", "int8"])
+@pytest.mark.parametrize("name", ["norms", "last-k", "head", "ladder"])
+def test_storage_of_what_is_kept(make_llama, name, storage, checkpointing):
+    """A storage acts on what the trained layers keep, of a side network too: bytes on device and host as planned."""
+    model = make_llama(hidden_size=64)
+    values, shape = model.config.to_dict(), shapes.model_shape(model.config.to_dict())
+    job = config.AttackConfig(
+        model="", data="", out="", strategy=name, activation_storage=storage, activation_checkpointing=checkpointing
+    )
+    net = choose(model, name, checkpointing)
+    levers = Levers(model, shape, job, getattr(net, "side", None))
+    counter = SavedBytes(net, None, levers.storage)
+    with counter:
+        nats = loss(net, tokens())
+        counter.forward_done()
+        nats.backward()
+    planned = attacked(values, shape, catalogue.strategy(name), KNOBS)
+    run = Pass(shape=planned.shape, parts=planned.parts, batch=2, length=9, size=4, training=planned.training,
+               checkpointing=checkpointing, device="cpu", storage=storage)  # fmt: skip
+    kept = Activations(run)
+    assert kept.held_bytes == counter.total
+    assert kept.host_bytes == (levers.storage.bytes if storage == "host" else 0)

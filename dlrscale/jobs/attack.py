@@ -109,6 +109,8 @@ def attack(run_: Run) -> None:
 def check_gradient(config: AttackConfig, ds: Engine, levers: Levers, batches: Batches) -> dict[str, Any]:
     """The gate `gradient` of a run that goes backward; none where the method has no gradient to compare."""
     entry = config.entry
+    if config.is_trial:
+        return {"gradient": {"holds": None, "why": "a trial of a search; the runs that follow it are checked"}}
     if not entry.exact:
         return {"gradient": {"holds": None, "why": f"{entry.gradient} claims no exact gradient"}}
     found = gates.gradient(ds, levers, batches.step(0).micro_batches[0], config.activation_storage)

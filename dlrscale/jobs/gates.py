@@ -98,8 +98,12 @@ def _gradients(
     with _taking(engine, named, found):
         torch.manual_seed(0)
         engine.boundary(False)
-        logits = engine.ds(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        model = engine.ds if engine.updates else engine.module
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         engine.backward(cross_entropy_sum(logits, batch["labels"])[0], 1.0 / batch["input_ids"].numel())
+    if not engine.updates:
+        engine.module.zero_grad()
+        engine.drop_gathered()
     return found
 
 

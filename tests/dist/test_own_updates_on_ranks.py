@@ -72,7 +72,7 @@ def results(tmp_path_factory, start_ranks) -> dict[str, dict]:
         cut += [LAYOUT | {"steps": 2, "folder": str(folder / "layout")}, LAYOUT] if ranks == 1 else []
         sent = chosen + cut
         for c, result in zip(sent, start_ranks(ranks, sent), strict=True):
-            found["cut-" * ("folder" in c) + name(c | {"steps": 20} if c["steps"] == 10 else c)] = result
+            found["cut-" * ("folder" in c) + name(c | {"steps": 20} if c.get("steps") == 10 else c)] = result
     again = [c | {"folder": str(folder / name(c))} for c in LONG]
     again.append(LAYOUT | {"ranks": 2, "folder": str(folder / "layout"), "save_at": None})
     for c, result in zip(again, start_ranks(2, again), strict=True):

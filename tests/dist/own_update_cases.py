@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dlrscale import attacks, engine
+from dlrscale import attacks, engine, models
 from dlrscale.config import AttackConfig
 from dlrscale.measure import Phases
 
@@ -17,9 +17,10 @@ def made(case: dict):
     import ranks
 
     config = ranks.settings(AttackConfig, case | {"config": {"optimizer": "none", **case.get("config", {})}})
-    model = ranks.tiny_llama().train()
+    model = ranks.tiny_llama() if "model" not in case else models.load_model(Path(case["model"]), config.dtype)
     if config.dtype == "bf16":
         model = model.bfloat16()
+    model.requires_grad_(True).train()
     if case.get("checkpointing"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if case.get("lora"):
@@ -55,7 +56,7 @@ def digest(ds: engine.Engine, model: torch.nn.Module) -> list[str]:
 def updates(case: dict) -> dict:
     """Some steps at a rate; losses, hashes by rank after each, and the final weights.
 
-    With `folder`: a checkpoint after `save_at` steps, or on from the one that is there. `kill` ends the process there.
+    With `folder`: a checkpoint after `save_at` steps, or on from the one that is there.
     """
     import ranks
 
@@ -68,7 +69,7 @@ def updates(case: dict) -> dict:
     for step in range(first, case["steps"]):
         ds.set_lr(case["lr"])
         torch.manual_seed(step * 7 + ds.rank)
-        rows.append(objective(ds, plan.step(step % 3 if case.get("wrap") else step), phases) | {"lr": ds.lr})
+        rows.append(objective(ds, plan.step(step), phases) | {"lr": ds.lr})
         hashes.append(digest(ds, model))
         if case.get("folder") and step + 1 == case.get("save_at"):
             ds.save(Path(case["folder"]), step + 1, {"note": "kept"}, keep=1)
@@ -86,7 +87,7 @@ def updates(case: dict) -> dict:
 
 
 def drift(case: dict) -> dict:
-    """Fifty steps of mezo at rate 0, on a locked folder if one is named: the hashes before and after, by rank."""
+    """Fifty steps of mezo at rate 0 on the model of a folder: the hashes before and after, by rank."""
     return updates(case | {"lr": 0.0, "steps": 50})
 
 

@@ -10,7 +10,7 @@ from dlrscale.errors import ConfigError
 
 NAMES = (
     "full", "full-offload", "ckpt-layer", "ckpt-nested", "ckpt-offload", "act-offload", "act-int8", "tile-tokens",
-    "reverse", "lora", "lora-attn", "flatten", "norms", "last-k", "head", "ladder",
+    "reverse", "lora", "lora-attn", "flatten", "norms", "last-k", "head", "ladder", "best-memory",
 )  # fmt: skip
 
 

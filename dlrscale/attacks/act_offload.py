@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from dlrscale.attacks.stored import Stored
 
@@ -32,7 +33,9 @@ class OnHost:
 class Storage(Stored):
     """Keeps whole storages in host memory; see `Stored`."""
 
-    on_host = True
+    def __init__(self, model: nn.Module, attention: list[nn.Module]):
+        super().__init__(model, attention)
+        self.on_host = True
 
     def key(self, tensor: torch.Tensor) -> None:
         """One for all views of a storage."""

@@ -17,20 +17,17 @@ class Stored:
 
     Parameters and the model's buffers, which are there anyway, stay. `bytes` counts what was kept in that way since the
     context was last entered. `saved`, where set, is called with every tensor that stays on the device after all,
-    whether as autograd has it or in a smaller form; it returns what to keep.
-
-    `on_host` tells whether what it keeps lies in host memory.
+    whether as autograd has it or in a smaller form; it returns what to keep. `on_host`: what it keeps is there.
 
     Args:
         model: The model.
         attention: The modules in which attention's linear maps lie.
     """
 
-    on_host = False
-
     def __init__(self, model: nn.Module, attention: list[nn.Module]):
         self.model = model
         self.bytes = 0
+        self.on_host = False
         self.saved: Callable[[torch.Tensor], torch.Tensor] = _detached
         self._known: dict[Hashable, Any] = {}
         self._alive: dict[int, weakref.ref] = {}

@@ -75,7 +75,7 @@ def plan(**options: Any) -> None:
 
     \b
     dlrscale plan --model llama-2-7b --strategy ckpt-layer --zero 3 --num-ranks 8 --depth 64 --hardware h100-80
-    dlrscale plan --model llama-3-70b --strategy all --depth 8,16,32,64 --num-ranks 64 --nodes 8 --plot peaks.png
+    dlrscale plan --model llama-3-70b --strategy all --depth 8,16,32,64 --num-ranks 64 --nodes 8 --plot saved.png
     dlrscale plan --model ./base --lock --zero 2 --num-ranks 2 --json
     """
     from dlrscale.planner import plots, show

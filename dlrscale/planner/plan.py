@@ -59,9 +59,6 @@ class Plan:
         ds_config: The merged DeepSpeed configuration.
         dtype: `fp32`, `bf16` or `fp16`.
         checkpointing: `none`, `layer` or `nested`.
-        storage: `device`, `host` or `int8`, where what the layers keep lies.
-        tiles: Pieces in which the tokens go through each MLP or DLR-Net.
-        anchor: The knob of the gradient method `reverse`; None: another method.
         micro_batch: Sequences per rank and forward.
         seq_len: Tokens of a sequence.
         num_ranks: Devices.
@@ -69,6 +66,9 @@ class Plan:
         ranks_per_node: Devices of the fullest host.
         attention: `sdpa` or `eager`.
         device: `cuda` or `cpu`, where operations keep different things.
+        storage: `device`, `host` or `int8`, where what the layers keep lies.
+        tiles: Pieces in which the tokens go through each MLP or DLR-Net.
+        anchor: The knob of the gradient method `reverse`; None: another method.
         gradient: The gradient method.
     """
 
@@ -81,11 +81,11 @@ class Plan:
     num_ranks: int = 1
     nodes: int = 1
     ranks_per_node: int = 1
+    attention: str = "sdpa"
+    device: str = "cuda"
     storage: str = "device"
     tiles: int = 1
     anchor: int | None = None
-    attention: str = "sdpa"
-    device: str = "cuda"
     gradient: str = "backprop"
 
     @cached_property

@@ -58,8 +58,9 @@ def _mlp_bytes_per_token(run: Pass, layer: int) -> int:
     An MLP is one block of width R = F. In the last block: the gradient of the stream, and of product, activation and up
     (of two matrices the last two), when the input of the last map has gone. Or one block later, when the last block's
     saved elements have gone: the gradients of d, x and u, the scaled one of d and the sum of both. Adapters add their
-    branches' two of the stream. What comes back from the host or out of codes stands beside: the product's factors,
-    from the host the whole storage of a fused map; out of codes in fp32 first.
+    branches' two of the stream. In nested segments a whole one has just come back then, and one border has gone. What
+    comes back from the host or out of codes stands beside: the product's factors, from the host the whole storage of a
+    fused map; out of codes in fp32 first.
     """
     shape, training = run.shape, run.training
     form = FORMS[shape.form] if shape.ranks and layer in shape.ranks else None
@@ -71,7 +72,8 @@ def _mlp_bytes_per_token(run: Pass, layer: int) -> int:
     elements = shape.width + (3 if gated else 2) * rank - changed * rank
     if len(ranks) > 1:
         gone = changed * (shape.width + rank) + (3 if gated else 1) * rank
-        elements = max(elements, (5 + 2 * ("mlp" in training.adapted)) * shape.width - gone)
+        most = (5 + 2 * ("mlp" in training.adapted)) * shape.width
+        elements = max(elements, most - (shape.width if run.checkpointing == "nested" else gone))
     if run.checkpointed or run.storage == DEVICE:
         return elements * run.size
     back = (2 if gated else 1) * rank

@@ -164,6 +164,34 @@ def test_lock_dry_run(call, place, llama_folder):
     assert written(work) == []
 
 
+def test_best_memory_is_resolved_before_the_run(call, place, llama_folder, locked_folder):
+    """Base and locked have winners of their own; the run is the one that its axes say, whatever they were called."""
+    work, data = place
+    shared = ("attack", "--data", data, "--seq-len", 32, "--dry-run", "--zero", 2, "--no-offload-optimizer")
+    searched = (*shared, "--strategy", "best-memory", "--set", "cap=2", "--activation-storage", "device")
+    code, out, err = call(*searched, "--model", locked_folder, "--base", llama_folder)
+    assert (code, err) == (0, "")
+    assert out.count("# best-memory: smallest peak at up to 2.0 x the FLOPs of full on the base") == 2
+    configs = [configuration.from_json(shlex.split(line)[-1]) for line in out.splitlines() if "attack" in line[-4000:]
+               and line[0] not in "#{} "]  # fmt: skip
+    assert [config.strategy for config in configs] == ["best-memory"] * 2
+    for config in configs:
+        best = config.lever_search["best"][0]
+        assert best["gradient"] == config.gradient
+        assert all(best[name] == getattr(config, name) for name in ("zero", "tiles", "activation_checkpointing"))
+        assert "cap" not in config.knobs
+    locked = configs[1]
+    by_hand = ("--activation-checkpointing", locked.activation_checkpointing, "--tiles", locked.tiles)
+    _, out, _ = call(*shared, "--strategy", "full", "--gradient", locked.gradient, *by_hand, "--model", locked_folder)
+    same = configuration.from_json(shlex.split(out.strip().splitlines()[-1])[-1])
+    assert configuration.run_ids(same, {}) == configuration.run_ids(locked, {})
+    assert written(work) == []
+    code, _, err = call(*shared, "--strategy", "best-memory", "--set", "cap=1", "--activation-checkpointing", "layer",
+                        "--model", llama_folder)  # fmt: skip
+    assert code == 2
+    assert "Take a larger cap" in err
+
+
 def test_lock_defaults_follow_the_family(call, place, gpt2_folder):
     _, data = place
     _, out, _ = call("lock", "--model", gpt2_folder, "--data", data, "--seq-len", 32, "--depth", 4, "--dry-run")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from test_layout import locked_config
 
 from dlrscale import engine
 from dlrscale.config import AttackConfig
@@ -11,6 +12,8 @@ from dlrscale.errors import PlanError
 from dlrscale.jobs import forecast
 from dlrscale.planner import needs as need
 from dlrscale.planner.locking import LockPlan
+from dlrscale.planner.model import attacked
+from dlrscale.shapes import model_shape
 
 GIB = 2**30
 
@@ -130,3 +133,28 @@ def test_a_summary_is_plain_and_adds_up(attack):
     assert json.loads(json.dumps(found)) == found
     assert sum(found["phases"][found["peak_phase"]].values()) == found["peak_bytes"]
     assert found["fits"] is None
+
+
+def test_levers_inside_the_model_are_offered(attack, make_llama, tmp_path):
+    """Those of DLR-Nets for locked models alone, none that is a strategy's own idea; what is named makes it fit."""
+    config, merged = attack
+    plan = small_buckets(forecast.forecast(config, merged))
+    anywhere = ["--activation-checkpointing layer", "--tiles 8", "--activation-storage host"]
+    if not plan.model.shape.ranks:
+        assert [words for words, _ in forecast.inner_changes(config, plan)] == anywhere
+    values = locked_config(make_llama().config.to_dict(), "gated", 16)
+    model = attacked(values, model_shape(values), config.entry, {})
+    plan = dataclasses.replace(plan, model=model, micro_batch=2048)
+    changes = dict(forecast.inner_changes(config, plan))
+    assert set(changes) == {*anywhere, "--activation-checkpointing nested", "--gradient reverse"}
+    for words, change in changes.items():
+        assert dataclasses.replace(plan, **change).needs.peak_bytes < plan.needs.peak_bytes, words
+    least = min(changes, key=lambda words: dataclasses.replace(plan, **changes[words]).needs.peak_bytes)
+    room = dataclasses.replace(plan, **changes[least]).needs.peak_bytes
+    hardware = forecast.devices.find(
+        **_find(device(tmp_path, int(room * (1 + need.FRAGMENTATION)) + need.CONTEXT_BYTES + 1))
+    )
+    assert any(least in words for words in forecast.fitting_levers(config, plan, hardware))
+    tiled = dataclasses.replace(config, strategy="ckpt-nested", activation_checkpointing="nested")
+    nested = dataclasses.replace(plan, checkpointing="nested")
+    assert set(dict(forecast.inner_changes(tiled, nested))) == {"--tiles 8", "--activation-storage host"}

@@ -511,3 +511,53 @@ def test_the_worked_example_of_the_docs(capsys):
     peaks = [answers["ckpt-layer"][side]["saved_bytes"]["peak"] for side in ("base", "locked")]
     bold = [int(part.replace(",", "")) for part in example.split("**")[1::2]]
     assert bold == [612352, *held, peaks[1], peaks[0]]
+
+
+def test_the_levers_of_the_docs(capsys):
+    """docs/memory-model.md, Llama-2-7B lever by lever: every number of the table."""
+    from pathlib import Path
+
+    text = (Path(__file__).parents[2] / "docs" / "memory-model.md").read_text(encoding="utf-8")
+    words = text.partition("`dlrscale plan ")[2].partition("`")[0].split()
+    lines = text.partition("lever by lever\n")[2].partition("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")][2:]
+    assert [name for name, *_ in rows] == list(catalogue.STRATEGIES)[:1] + list(catalogue.STRATEGIES)[2:9]
+    full = None
+    for name, *cells in rows:
+        answer, found = json.loads(run(capsys, *words[:3], name, *words[4:])[1]), []
+        for side in ("base", "locked"):
+            kept, flops = answer[side]["saved_bytes"], answer[side]["flops_per_micro_batch"]
+            spent = flops["forward"] + flops["backward"] + flops["recompute"]
+            full = full or spent
+            found += [f"{kept[key]:,}" for key in ("held", "peak", "host")] + [f"{spent / full:.3f}"]
+        assert found == cells, name
+
+
+def test_saved_bytes_against_the_depth_are_drawn(capsys, tmp_path):
+    """A panel for each strategy, with the numbers of the answers; base dashed, what lies on the host dotted."""
+    from matplotlib import pyplot
+
+    from dlrscale.planner import plots
+
+    sweep = ("--model", "llama-2-7b", "--strategy", "full,full-offload,act-offload,reverse", "--depth", "4,16,64",
+             "--micro-batch", "2", "--seq-len", "256")  # fmt: skip
+    file = tmp_path / "saved.png"
+    code, out, err = run(capsys, *sweep, "--json", "--plot", str(file))
+    assert code == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+    answers = json.loads(out)
+    figure = plots.saved_by_depth(answers)
+    drawn = {axes.get_title(): axes.get_lines() for axes in figure.axes if axes.get_lines()}
+    assert list(drawn) == ["full", "full-offload", "act-offload", "reverse"]
+    for name, lines in drawn.items():
+        own = [answer for answer in answers if answer["asked"]["strategy"] == name]
+        points = {(line.get_linestyle(), *line.get_ydata()) for line in lines}
+        for side, style in (("base", "--"), ("locked", "-")):
+            for key in ("held", "peak"):
+                assert (style, *(answer[side]["saved_bytes"][key] / 512 for answer in own)) in points
+        on_host = {line for line in lines if line.get_linestyle() == ":"}
+        assert len(on_host) == (name == "act-offload")
+        assert all(list(line.get_xdata()) == [4, 16, 64] for line in lines)
+    pyplot.close(figure)
+    assert plots.peaks(answers).axes[0].get_ylabel() == "peak of a device, GiB"
+    pyplot.close("all")

@@ -133,6 +133,7 @@ def combined(
         fixed=fixed,
         trains=bringing["trainable"].trains if bringing["trainable"] else Trains(),
         exact=method is None or method.exact,
+        rates=method.rates if method else row.rates,
         stages=method.stages if method else row.stages,
         why_not=method.why_not if method else row.why_not,
     )

@@ -122,11 +122,11 @@ def flag(name: str, value: object) -> str:
 class Strategy:
     """One row of the catalogue, or a combination by hand of what several rows bring.
 
-    `levers` are the strategy's own defaults; those in `fixed` are its idea and cannot be set otherwise by hand.
-    What a row says of the value that it brings to an axis holds wherever that value is chosen: `trains` of a trainable
-    set; `exact` (the gradient is plain autograd's) and `stages` (the ZeRO stages where it makes sense, else `why_not`)
-    of a gradient method; `knobs` of any. `searches`: levers, and the gradient method, that were not given by hand are
-    searched with the planner (planner/search.py).
+    `levers` are the strategy's own defaults; those in `fixed` are its idea and cannot be set otherwise by hand. What a
+    row says of the value that it brings to an axis holds wherever that value is chosen: `trains` of a trainable set;
+    `exact` (the gradient is plain autograd's), `rates` (where `--trials` looks for a learning rate) and `stages` (the
+    ZeRO stages where it makes sense, else `why_not`) of a gradient method; `knobs` of any. `searches`: levers, and the
+    gradient method, that were not given by hand are searched with the planner (planner/search.py).
     """
 
     name: str
@@ -141,6 +141,7 @@ class Strategy:
     fixed: tuple[str, ...] = ()
     knobs: tuple[Knob, ...] = ()
     trains: Trains = Trains()
+    rates: tuple[float, float] = (1e-5, 3e-2)
     exact: bool = True
     stages: tuple[int, ...] = (0, 1, 2, 3)
     why_not: str = ""

@@ -77,7 +77,7 @@ SEARCH_OPTIONS = options(
         type=click.IntRange(1),
         help="Tune rate, warm-up, batch and the strategy's own knobs in so many trials, on each side.",
     ),
-    click.option("--lr-range", metavar="LOW,HIGH", help="Learning rates to try.  [default: 1e-5,3e-2]"),
+    click.option("--lr-range", metavar="LOW,HIGH", help="Learning rates to try.  [default: the strategy's]"),
     click.option("--seeds", help="Seeds such as 0,1,2, one run each, of the best trial's settings.  [default: --seed]"),
     click.option(
         "--target",

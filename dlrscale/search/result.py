@@ -27,7 +27,7 @@ class Wanted:
     """
 
     trials: int
-    lr_range: tuple[float, float]
+    lr_range: tuple[float, float] | None
     seeds: tuple[int, ...]
     target: Target | None
     by_hand: tuple[str, ...] = ()

@@ -10,7 +10,6 @@ from typing import Any
 from dlrscale.config import AttackConfig
 from dlrscale.errors import ConfigError
 
-LR_RANGE = (1e-5, 3e-2)
 WARMUP_SHARE = 0.2  # of the steps, at most
 EVALUATIONS = 5  # of a trial, by which it is pruned
 KNOB = "knob."
@@ -102,13 +101,13 @@ def trial_eval_every(config: AttackConfig) -> int:
 
 
 def space(
-    config: AttackConfig, lr_range: tuple[float, float], by_hand: Collection[str], factors: tuple[float, ...]
+    config: AttackConfig, lr_range: tuple[float, float] | None, by_hand: Collection[str], factors: tuple[float, ...]
 ) -> Space:
     """The space of an attack.
 
     Args:
         config: The given settings.
-        lr_range: Lowest and highest peak learning rate.
+        lr_range: Lowest and highest peak learning rate; None: the strategy's own.
         by_hand: Knobs that were given by `--set`: they stay.
         factors: Batch sizes as multiples of the given one.
 
@@ -116,7 +115,7 @@ def space(
         The space: learning rate, warm-up, batch where there is a choice, and every knob of the strategy that has a
         range to search (`Knob.search`).
     """
-    ranges = [Range("lr", *lr_range, log=True), Range("warmup_share", 0.0, WARMUP_SHARE)]
+    ranges = [Range("lr", *(lr_range or config.entry.rates), log=True), Range("warmup_share", 0.0, WARMUP_SHARE)]
     if len(factors) > 1:
         ranges.append(Range("batch", choices=factors))
     for knob in config.entry.knobs:
@@ -125,8 +124,8 @@ def space(
     return Space(config, tuple(ranges))
 
 
-def parse_lr_range(text: str | None) -> tuple[float, float]:
-    """Read `1e-5,3e-2`; None is the default range.
+def parse_lr_range(text: str | None) -> tuple[float, float] | None:
+    """Read `1e-5,3e-2`; None leaves it to the strategy.
 
     Args:
         text: The option's value.
@@ -138,7 +137,7 @@ def parse_lr_range(text: str | None) -> tuple[float, float]:
         ConfigError: If it is not two numbers above 0, the lower one first.
     """
     if text is None:
-        return LR_RANGE
+        return None
     try:
         low, high = (float(word) for word in text.split(","))
     except ValueError:

@@ -316,4 +316,14 @@ ROWS: tuple[Strategy, ...] = (
         ),
         searches=True,
     ),
+    Strategy(
+        name="lora-mlp",
+        idea="low-rank adapters on the MLPs or the DLR factors alone, the attention frozen; checkpointed per layer",
+        source="Hu et al., arXiv 2106.09685",
+        saved="as ckpt-layer",
+        cost="2 forwards, 1 backward without most weight gradients",
+        trainable="lora-mlp",
+        trains=Trains(parts=frozenset(), adapted=frozenset({"mlp"})),
+        knobs=_LORA_KNOBS,
+    ),
 )

@@ -11,7 +11,7 @@ from dlrscale.errors import ConfigError
 NAMES = (
     "full", "full-offload", "ckpt-layer", "ckpt-nested", "ckpt-offload", "act-offload", "act-int8", "tile-tokens",
     "reverse", "lora", "lora-attn", "flatten", "undistil", "drop-blocks", "norms", "last-k",
-    "head", "ladder", "mezo", "mezo-lora", "lomo", "best-memory",
+    "head", "ladder", "mezo", "mezo-lora", "lomo", "best-memory", "lora-mlp",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from dlrscale.planner.forward import Pass, falls_back
 
 LENGTH, RANK = 11, 4
 KNOBS = {"rank": RANK, "alpha": 8, "dropout": 0.0, "last": 1, "reduction": 4}
-STRATEGIES = {"all": "full"} | {n: n for n in ("lora", "lora-attn", "norms", "last-k", "head", "ladder")}
+STRATEGIES = {"all": "full"} | {name: name for name in catalogue.choices("trainable") if name != "all"}
 
 
 def prepare(config, attention, dtype, trainable, checkpointing):

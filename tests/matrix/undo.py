@@ -1,6 +1,7 @@
 """What undoing a lock costs: cold, warm and hardened locks at three couplings, flattened and regressed, three seeds.
 
-`python tests/matrix/undo.py locks --out DIR` makes the locks of stories260K on TinyStories.
+`python tests/matrix/undo.py locks --out DIR` makes the locks of stories260K on TinyStories, `attacks` undoes them, and
+`table` writes `undo.jsonl` and `table.md`. Held-out loss is that of TinyStories' validation text, whatever is trained on.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import forks
 
-from dlrscale import catalogue
+from dlrscale import catalogue, record
+from dlrscale.cli import attack_configs
 from dlrscale.cli.levers import choose_levers
 from dlrscale.cli.run import resolve
-from dlrscale.config import LockConfig
+from dlrscale.config import AttackConfig, LockConfig
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 COUPLINGS, SEEDS = (0.1, 0.25, 0.5), (0, 1, 2)
@@ -24,6 +26,9 @@ KINDS = {
     "hardened": ("warm", True, 300, 75, 3e-3),
     "cold": ("cold", False, 450, 110, 8e-3),
 }
+# start, text and steps of the regression: each a run of its own, with its own schedule
+REGRESSED = [("flat", "stories", 40), ("flat", "stories", 160), ("flat", "gsm8k", 160), ("fresh", "stories", 160)]
+TUNED_STEPS = 160  # of the flattened model, by full fine-tuning
 
 
 def locks(out: Path, data: Path) -> Iterator[LockConfig]:
@@ -43,16 +48,105 @@ def locks(out: Path, data: Path) -> Iterator[LockConfig]:
                 yield resolve(LockConfig, options, choose_levers(catalogue.LOCK, options), name)
 
 
+def attacks(out: Path, data: Path) -> Iterator[AttackConfig]:
+    """Each finished lock regressed on an ordinary MLP, and flattened and fine-tuned."""
+    for lock in locks(out, data):
+        if not (Path(lock.out) / "model").is_dir():
+            continue
+        stories = {"data": lock.data, "heldout": lock.heldout, "document_separator": "<|endoftext|>"}
+        task = {
+            "data": str(data / "gsm8k" / "train.jsonl.gz"), "columns": "prompt=question,completion=answer",
+            "heldout": str(data / "gsm8k" / "test.jsonl.gz"), "document_separator": "<|endoftext|>",
+        }  # fmt: skip
+        common = {
+            "model": f"{lock.out}/model", "heldout_base": lock.heldout, "heldout_limit": 200, "seq_len": 256,
+            "micro_batch": 16, "num_ranks": 1, "zero": 0, "seed": lock.seed, "checkpoint_every": 0,
+            "tracking_uri": "none", "warmup_steps": 10,
+        }  # fmt: skip
+        for start, text, steps in REGRESSED:
+            name = f"{lock.name}/{start}-{text}-{steps}"
+            rate = 3e-3 if start == "flat" else 1e-2
+            knobs = (f"start={start}", f"regress_steps={steps}", f"regress_lr={rate}")
+            own = (stories if text == "stories" else task) | common | {"steps": 1, "lr": 0.0}
+            yield attack_configs(own | {"name": name, "out": str(out / "attacks" / name)}, None, "undistil", knobs)[0]
+        name = f"{lock.name}/flatten-tuned"
+        own = stories | common | {"steps": TUNED_STEPS, "lr": 3e-3, "eval_every": 20, "name": name}
+        yield attack_configs(own | {"out": str(out / "attacks" / name)}, None, "flatten", ())[0]
+
+
+def rows(out: Path, data: Path) -> Iterator[dict]:
+    """One line per lock that has been undone in all ways."""
+    found: dict[str, dict[str, dict]] = {}
+    for config in attacks(out, data):
+        entry = forks.last(config)
+        if entry is not None and entry["outcome"] == "ok":
+            lock, way = config.name.split("/")
+            found.setdefault(lock, {})[way] = entry
+    for lock in locks(out, data):
+        entry, ways = forks.last(lock), found.get(lock.name, {})
+        if entry is None or len(ways) < len(REGRESSED) + 1:
+            continue
+        kind, coupling, seed = lock.name.split("-")
+        metrics = entry["metrics"]
+        row = {
+            "lock": kind, "coupling": float(coupling[1:]), "seed": int(seed[1:]),
+            "lock_tokens": metrics["tokens/total"], "lock_s": metrics["time/total_s"],
+            "base": metrics["loss/heldout_base_model"], "locked": metrics["loss/heldout_locked"],
+            "flat": metrics["loss/heldout_flat"],
+        }  # fmt: skip
+        for way, undone in ways.items():
+            own = undone["metrics"]
+            if way == "flatten-tuned":
+                steps = record.read_lines(out / "attacks" / lock.name / way / record.STEPS_FILE)
+                row[way] = {str(r["tokens"]): r["loss/heldout_base"] for r in steps if "loss/heldout_base" in r}
+                continue
+            kept = {key: own[f"transform/{key}"] for key in ("tokens", "flops", "time_s")}
+            row[way] = kept | {"loss": own["loss/heldout_base_start"]}
+        yield row
+
+
+def spread(values: list[float]) -> str:
+    """A mean, and the range where there are several."""
+    return f"{sum(values) / len(values):.3f}" + (
+        f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+    )
+
+
+def table(out: Path, data: Path) -> None:
+    """Write the rows and a table of means over seeds."""
+    found = list(rows(out, data))
+    record.write_atomic(out / "undo.jsonl", "".join(record.dumps(r) + "\n" for r in found))
+    ways = [f"{start}-{text}-{steps}" for start, text, steps in REGRESSED]
+    head = ["lock", "g", "seeds", "lock tokens", "base", "locked", "flattened", *ways]
+    head.append("flattened and tuned, after 40 / 80 / 160 steps")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for kind, coupling in dict.fromkeys((r["lock"], r["coupling"]) for r in found):
+        own = [r for r in found if (r["lock"], r["coupling"]) == (kind, coupling)]
+        tuned = [list(r["flatten-tuned"].values()) for r in own]
+        cells = [kind, f"{coupling:g}", str(len(own)), f"{own[0]['lock_tokens'] / 1e6:.2f} M"]
+        cells += [spread([r[key] for r in own]) for key in ("base", "locked", "flat")]
+        cells += [spread([r[way]["loss"] for r in own]) for way in ways]
+        cells.append(" / ".join(spread([losses[at] for losses in tuned]) for at in (1, 3, 7)))
+        lines.append("| " + " | ".join(cells) + " |")
+    record.write_atomic(out / "table.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["locks"])
+    parser.add_argument("part", choices=["locks", "attacks", "table"])
     parser.add_argument("--out", type=Path, default=Path("results/undo"))
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--cores", type=int, default=forks.CORES)
     options = parser.parse_args()
+    out = options.out.absolute()
+    if options.part == "table":
+        table(out, options.data)
+        return
     forks.ready()
-    for label, reason in forks.run_all(locks(options.out.absolute(), options.data), options.cores).items():
+    configs = (locks if options.part == "locks" else attacks)(out, options.data)
+    for label, reason in forks.run_all(configs, options.cores).items():
         print(f"{label}: {reason}")
 
 

@@ -1,7 +1,8 @@
 """What undoing a lock costs: cold, warm and hardened locks at three couplings, flattened and regressed, three seeds.
 
 `python tests/matrix/undo.py locks --out DIR` makes the locks of stories260K on TinyStories, `attacks` undoes them, and
-`table` writes `undo.jsonl` and `table.md`. Held-out loss is that of TinyStories' validation text, whatever is trained on.
+`table` writes `undo.jsonl` and `table.md`. Held-out loss is that of TinyStories' validation text, whatever is trained
+on.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def inside(levers: Any, entry: Strategy, knobs: Mapping[str, float]) -> dict[str
     """The levers that act inside a model, as a plan takes them.
 
     Args:
-        levers: Resolved levers, or a configuration that has them.
+        levers: Levers, or a configuration that has them; a lever that is None is left out.
         entry: The strategy, or a combination by hand.
         knobs: Its knobs.
 
@@ -42,9 +42,9 @@ def inside(levers: Any, entry: Strategy, knobs: Mapping[str, float]) -> dict[str
         Values of a plan's fields by name.
     """
     return {
-        "checkpointing": levers.activation_checkpointing,
-        "storage": levers.activation_storage,
-        "tiles": levers.tiles,
+        "checkpointing": levers.activation_checkpointing or "none",
+        "storage": levers.activation_storage or "device",
+        "tiles": levers.tiles or 1,
         "anchor": int(knobs["anchor"]) if entry.gradient == "reverse" else None,
         "gradient": entry.gradient,
     }

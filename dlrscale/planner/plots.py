@@ -66,6 +66,8 @@ def saved_by_depth(answers: Sequence[Mapping[str, Any]]) -> Any:
             if what == "saved":  # seen also where the peak lies on it
                 width, size = 2.4 * width, 1.6 * size
             axes.plot(depths, sizes, style, color=colour, linewidth=width, marker="o", markersize=size)
+        if not any(any(sizes) for _, sizes in lines[name].values()):
+            axes.text(0.5, 0.25, "nothing is saved", transform=axes.transAxes, ha="center", fontsize=9)
         axes.set_title(name, fontsize=9)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

@@ -86,7 +86,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
                 f"{shape.kind}. Take --start cold."
             )
     else:
-        check_levers(config, shape)
+        check_levers(config)
     if isinstance(config, AttackConfig):
         if shape.locked and config.entry.transform != "none":
             models.check_generation(config.model)
@@ -96,30 +96,20 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     return merged
 
 
-def check_levers(config: AttackConfig, shape: shapes.ModelShape) -> None:
-    """Refuse what the levers of an attack cannot do on a model.
+def check_levers(config: AttackConfig) -> None:
+    """Refuse what the levers of an attack cannot do together.
 
     Args:
         config: The attack.
-        shape: The shape of the model that it is given.
 
     Raises:
         ConfigError: If there is such.
     """
-    faults = []
     if config.entry.gradient == "reverse" and config.knobs.get("dropout"):
-        faults.append(
+        raise ConfigError(
             f"--set dropout={config.knobs['dropout']}: --gradient reverse runs each block again, and another dropout "
             "would give another code. Take dropout=0, or --gradient backprop."
         )
-    unlocked = shape.layers > len(shape.ranks or {}) or config.entry.transform in ("flatten", "undistil")
-    if config.tiles > 1 and shape.family.inline and unlocked:
-        faults.append(
-            f"--tiles {config.tiles}: the MLPs of {shape.family.model_type} are no modules of their own, so that their "
-            "tokens cannot be tiled. Leave it out, or take another strategy."
-        )
-    if faults:
-        raise ConfigError(faults)
 
 
 def check_trained(config: AttackConfig, shape: shapes.ModelShape) -> None:

@@ -127,7 +127,7 @@ class Engine:
             return sum(t.numel() * t.element_size() for t in tensors if t is not None and t.device.type == "cpu")
 
         return {
-            "optimizer": self.optimizer_class,
+            "optimizer_class": self.optimizer_class,
             "optimizer_groups": [
                 {k: v for k, v in group.items() if isinstance(v, (bool, int, float, list, tuple)) and k not in NOT_TOLD}
                 for group in groups

@@ -131,7 +131,7 @@ def test_a_files_schedule_applies_once_and_the_groups_are_told(two_ranks, strate
 @pytest.mark.parametrize(("name", "cls"), [("adamw", "AdamW"), ("adam", "Adam"), ("sgd", "SGD"), ("none", "AdamW")])
 def test_the_record_tells_what_is_in_use(one_rank, name, cls, dtype, offload):
     told = entry(one_rank, f"{name}-{dtype}-{offload}")["config"]
-    assert told["optimizer"].rpartition(".")[2] == cls
+    assert told["optimizer_class"].rpartition(".")[2] == cls
     assert told["parameter_dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     assert told["master_dtype"] == "float32"
     trained = entry(one_rank, f"{name}-{dtype}-{offload}")["metrics"]["params/trainable"]

@@ -37,6 +37,7 @@ MODELS = {
 }
 # Again at ZeRO 0, where nothing is cut up; opt's second layer is then left out.
 WHOLE = ("opt", "phi3", "falcon", "gpt2")
+KNOBS = {"lora": {"rank": 2, "alpha": 4, "dropout": 0.0}, "flatten": {"group": 0}}
 RUN = {"seq_len": 24, "micro_batch": 2, "num_ranks": 2, "warmup_steps": 1, "tracking_uri": "none", "heldout_limit": 4}
 
 
@@ -73,7 +74,7 @@ def runs(place: Path, start_ranks) -> dict[str, dict]:
     for name, (_, _, strategy) in MODELS.items():
         jobs[f"attack {name}"] = configuration.AttackConfig(
             model=str(place / "lock3" / name / "model"), data=str(place / "text.txt"), strategy=strategy,
-            knobs={"rank": 2, "alpha": 4, "dropout": 0.0} if strategy == "lora" else {}, steps=4, lr=1e-2,
+            knobs=KNOBS.get(strategy, {}), steps=4, lr=1e-2,
             out=str(place / "attack" / name), zero=3, deepspeed_config=str(place / "zero3.json"),
             activation_checkpointing="none" if strategy == "full" else "layer", **RUN,
         )  # fmt: skip

@@ -143,7 +143,7 @@ def test_memory_that_runs_out_is_an_outcome(limited: str, place: Path, text: Pat
     entry = json.loads(entries[0])
     assert entry["outcome"] == "oom"
     assert entry["error"].startswith("out of memory in the phase ")
-    assert any(f"phase {phase}, rank {rank}: " in entry["error"] for phase in ("forward", "backward", "evaluate")
+    assert any(f"phase {phase}, rank {rank}: " in entry["error"] for phase in ("check", "forward", "backward", "evaluate")
                for rank in limited.split(","))  # fmt: skip
     broken = entry["error"].split()[6].rstrip(",")
     assert entry["phases"][broken]["host_peak_rss_bytes"] > 100 * 2**20

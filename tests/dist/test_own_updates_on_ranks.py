@@ -190,7 +190,7 @@ def test_nothing_but_weights_is_held(c: dict, results: dict) -> None:
     result = get(results, c)
     for held in (result["held"], result["seen"]["held"]):
         assert {k for k, v in held.items() if sum(v.values())} <= {"parameters", "persistent"}
-    assert result["describe"]["optimizer"] == "none"
+    assert result["describe"]["optimizer_class"] == "none"
     assert result["rows"][-1]["lr"] == c["lr"]
 
 

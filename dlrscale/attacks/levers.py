@@ -31,7 +31,9 @@ class Levers:
 
     def __init__(self, model: nn.Module, shape: ModelShape, config: AttackConfig, side: nn.Module | None = None):
         self.model = model
+        self.side = side
         self.on = True
+        self.taken = 0  # how often a part ran in another way than its own
         self._other_way = self._inside = False
         parts = mlp_parts(model, shape)
         for label, part in parts.items():
@@ -71,6 +73,7 @@ class Levers:
         """Through the module as it is, or the other way, where it is asked for a gradient."""
         asked = torch.is_grad_enabled() and (trained or x.requires_grad)
         self._other_way = self.on and asked and not kwargs
+        self.taken += self._other_way
         return way(x) if self._other_way else plain(x, **kwargs)
 
     def _all_of(self, first: Forward, rest: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
@@ -96,7 +99,8 @@ class Levers:
     @contextmanager
     def plain(self) -> Iterator[None]:
         """The model as plain autograd takes it while inside: nothing checkpointed, offloaded, compressed or tiled."""
-        checkpointed = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False) is True]
+        modules = [*self.model.modules(), *(self.side.modules() if self.side else ())]
+        checkpointed = [m for m in modules if getattr(m, "gradient_checkpointing", False) is True]
         for module in checkpointed:
             module.gradient_checkpointing = False
         self.on = False

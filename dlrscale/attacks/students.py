@@ -52,10 +52,11 @@ class Job(Protocol):
 def own_config(config: AttackConfig, ds_config: dict[str, Any]) -> dict[str, Any]:
     """The DeepSpeed configuration of a transform's steps.
 
-    The run's own, without a schedule, which is of the fine-tune's rate and steps; and with AdamW where the fine-tune
-    has no optimizer that DeepSpeed knows of.
+    The run's own, without a schedule, which is of the fine-tune's rate and steps; and with AdamW where `--optimizer`
+    chose another one, or none, for the fine-tune: the transform's rate is one for AdamW.
     """
-    found = engine.merge(replace(config, optimizer="AdamW")) if config.optimizer == "none" else ds_config
+    by_option = config.optimizer != "AdamW" and not config.deepspeed_config
+    found = engine.merge(replace(config, optimizer="AdamW")) if by_option else ds_config
     return {key: value for key, value in found.items() if key != "scheduler"}
 
 
@@ -117,7 +118,7 @@ def train(run: Job, model: nn.Module, distiller: Distiller, lesson: Lesson) -> d
     now = engine.Layout(config.num_ranks, int(engine.file_levers(ds_config)["zero"]))
     checkpoint = engine.find_checkpoint(run.out / f"{PART}{CHECKPOINT_FOLDER}", now)
     ds = Engine(model, distiller.parameters, ds_config, checkpoint)
-    run.notes["transform"] = ds.describe()
+    run.notes["transform_engine"] = ds.describe()
     batches = data.Batches(
         lesson.text,
         seed=config.seed,

@@ -41,6 +41,7 @@ __all__ = [
     "choices",
     "combined",
     "flag",
+    "is_exact",
     "lever_faults",
     "strategy",
 ]
@@ -121,7 +122,13 @@ def combined(
     own = () if any(_bringing(axis, getattr(row, axis)) is row for axis in AXES) else row.knobs
     knobs = {knob.name: knob for knobs in (own, *(entry.knobs for entry in brings)) for knob in knobs}
     method, levers, fixed = bringing["gradient"], asdict(row.levers), row.fixed
-    if method is not None and method is not row:
+    replaced = _bringing("gradient", row.gradient)
+    if replaced is not None and replaced is not method:  # what the row's own method needs goes with it
+        gone = ("zero", *replaced.fixed)
+        levers |= dict.fromkeys(gone)
+        fixed = tuple(lever for lever in fixed if lever not in gone)
+        row = replace(row, rates=Strategy.rates, stages=Strategy.stages, why_not="")
+    if method is not None and method is not replaced:
         levers |= {lever: getattr(method.levers, lever) for lever in method.fixed}
         levers["zero"] = method.levers.zero if levers["zero"] is None else levers["zero"]
         fixed = tuple(dict.fromkeys((*fixed, *method.fixed)))
@@ -137,6 +144,11 @@ def combined(
         stages=method.stages if method else row.stages,
         why_not=method.why_not if method else row.why_not,
     )
+
+
+def is_exact(entry: Strategy, storage: str) -> bool:
+    """Whether a strategy's gradient is plain autograd's with activations kept in that way."""
+    return entry.exact and storage != "int8"
 
 
 def _bringing(axis: str, value: str) -> Strategy | None:

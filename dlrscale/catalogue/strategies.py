@@ -186,7 +186,14 @@ ROWS: tuple[Strategy, ...] = (
         cost="before: a ranking forward, and heal_steps of 2 forwards and 1 backward; then less than ckpt-layer",
         transform="drop-blocks",
         knobs=(
-            Knob(name="drop", default=0.25, low=0.0, high=0.9, text="fraction of each DLR-Net's blocks that goes"),
+            Knob(
+                name="drop",
+                default=0.25,
+                low=0.0,
+                high=0.9,
+                text="fraction of each DLR-Net's blocks that goes",
+                search=(0.0, 0.5),
+            ),
             Knob(name="heal_steps", default=50, low=0, high=10**9, text="steps of the heal"),
             Knob(
                 name="heal_lr",
@@ -235,7 +242,17 @@ ROWS: tuple[Strategy, ...] = (
         cost="1 forward of the model; of the side, about reduction^2 times smaller, 2 forwards and 1 backward",
         trainable="ladder",
         trains=Trains(parts=frozenset(), side="reduction", merges=False),
-        knobs=(Knob(name="reduction", default=8, low=1, high=65536, text="the model's width over the side's"),),
+        knobs=(
+            Knob(
+                name="reduction",
+                default=8,
+                low=1,
+                high=65536,
+                text="the model's width over the side's",
+                search=(2, 16),
+                log=True,
+            ),
+        ),
     ),
     Strategy(
         name="mezo",

@@ -341,7 +341,7 @@ def strategies(name: str | None, axes: bool) -> None:
         "idea": entry.idea,
         "source": entry.source,
         **{axis: f"{getattr(entry, axis)}: {catalogue.choices(axis)[getattr(entry, axis)]}" for axis in catalogue.AXES},
-        "exact": "yes, plain autograd's gradient" if entry.exact else "no",
+        "exact": "yes, plain autograd's gradient" if catalogue.is_exact(entry, levers["activation_storage"]) else "no",
         "stages": f"ZeRO {', '.join(map(str, entry.stages))}" + (f". {entry.why_not}" if entry.why_not else ""),
         "levers": ", ".join(f"{k.replace('_', '-')} {v}" for k, v in levers.items()),
         "saved": entry.saved,

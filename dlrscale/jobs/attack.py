@@ -98,7 +98,7 @@ def attack(run_: Run) -> None:
         run_.metrics |= saved_formula(config, run_.ds_config, shape)
         run_.metrics |= bill(run_, loop.rows)
     compare(run_, objective.seen)
-    run_.gates["engaged"] = gates.engaged(config, levers, run_.plan, ds.describe(), run_.metrics)
+    run_.gates["engaged"] = gates.engaged(config, levers, run_.plan, ds.describe(), run_.metrics, done < config.steps)
     run_.metrics |= gates.metrics(run_.gates)
     if config.is_trial:
         return
@@ -129,8 +129,7 @@ def bill(run_: Run, rows: list[dict[str, Any]]) -> dict[str, float]:
     per_token = None
     with suppress(Exception):  # whatever fails here must not hide how the run ended
         per_token = forecast.flops_per_token(config, run_.ds_config)
-    seconds = run_.phases.phases.get("transform", {}).get("seconds", 0.0)
-    tokens, flops = (run_.metrics.get(f"transform/{name}", 0.0) for name in ("tokens", "flops"))
+    tokens, flops, seconds = (run_.metrics.get(f"transform/{name}", 0.0) for name in ("tokens", "flops", "time_s"))
     before = search.Cost(tokens, flops, seconds * config.num_ranks / 3600)
     return search.bill(rows, run_.metrics, per_token, config.num_ranks, config.target, before)
 

@@ -12,8 +12,10 @@ from torch import nn
 
 from dlrscale.attacks.levers import Levers
 from dlrscale.config import AttackConfig
+from dlrscale.data import IGNORE
 from dlrscale.engine import Engine
 from dlrscale.evaluate import cross_entropy_sum
+from dlrscale.modeling.dlr_net import DLRNet
 
 SLICE_TOKENS = 128
 SLICE_ELEMENTS = 1 << 28  # gradients kept in host memory for the comparison
@@ -25,10 +27,10 @@ PLAN_PERCENT = 3.0
 def gradient(engine: Engine, levers: Levers, batch: dict[str, torch.Tensor], storage: str) -> dict[str, Any]:
     """Compare the strategy's gradient on the real model with plain autograd's, in the same precision.
 
-    Each rank takes the first sequence of its own micro-batch, at most 128 tokens of it, and goes forward and backward
-    through the engine twice, with the levers and without. A hook on each compared parameter takes the whole gradient
-    as autograd hands it on, before DeepSpeed reduces or partitions it, and hands zeros on in its place: nothing is left
-    of the check in the first step. Dropout modules are off meanwhile.
+    Each rank takes the first sequence of its own micro-batch, at most 128 tokens of it, all of them with a label, and
+    goes forward and backward through the engine twice, with the levers and without. A hook on each compared parameter
+    takes the whole gradient as autograd hands it on, before DeepSpeed reduces or partitions it, and hands zeros on in
+    its place: nothing is left of the check in the first step. Dropout modules are off meanwhile.
 
     Args:
         engine: The engine, before its first step.
@@ -41,6 +43,8 @@ def gradient(engine: Engine, levers: Levers, batch: dict[str, torch.Tensor], sto
         worst; `least` cosine the gate asks for, `holds`, and the slice: `tokens`, `parameters` and `elements`.
     """
     kept = {k: v[:1, :SLICE_TOKENS].to(engine.device) for k, v in batch.items()}
+    # Every token, since a prompt without a label may be longer than the slice.
+    kept["labels"] = kept["input_ids"].masked_fill(kept["attention_mask"] == 0, IGNORE)
     named = compared(engine)
     with ExitStack() as stack:
         for module in engine.module.modules():
@@ -116,11 +120,14 @@ def _taking(engine: Engine, named: dict[str, nn.Parameter], found: dict[str, tor
             found[name] = found[name] + grad.cpu() if name in found else grad.to("cpu", copy=True)
         return torch.zeros_like(grad)
 
-    handles = [
-        p.register_hook(lambda grad, name=name: take(name, grad))
-        for name, p in engine.module.named_parameters()
-        if name in trained
-    ]
+    named_trained = [(name, p) for name, p in engine.module.named_parameters() if name in trained]
+    handles = [p.register_hook(lambda grad, name=name: take(name, grad)) for name, p in named_trained]
+    if not engine.updates:  # a method that keeps no gradients has no room for all of them
+
+        def forget(parameter: nn.Parameter) -> None:
+            parameter.grad = None
+
+        handles += [p.register_post_accumulate_grad_hook(forget) for _, p in named_trained]
     try:
         yield
     finally:
@@ -129,7 +136,12 @@ def _taking(engine: Engine, named: dict[str, nn.Parameter], found: dict[str, tor
 
 
 def engaged(
-    config: AttackConfig, levers: Levers, plan: dict[str, Any], notes: dict[str, Any], metrics: dict[str, float]
+    config: AttackConfig,
+    levers: Levers,
+    plan: dict[str, Any],
+    notes: dict[str, Any],
+    metrics: dict[str, float],
+    ran: bool,
 ) -> dict[str, Any]:
     """Whether the strategy really was active: what it claims against what was there.
 
@@ -139,6 +151,7 @@ def engaged(
         plan: `planned` and `measured` by name, as a record's plan holds them.
         notes: What the engine says of itself (`Engine.describe`).
         metrics: The run's, with `params/trainable` and `plan/params_trainable`.
+        ran: Whether this start has done a step; one that only ended a run has seen nothing of its levers.
 
     Returns:
         `checks`, each with what was claimed and what was found, and `holds`.
@@ -156,7 +169,12 @@ def engaged(
     for name in ("saved_bytes", "offloaded_activation_bytes"):
         if name in measured:
             close(name, planned[name], measured[name])
-    if config.activation_storage != "device":
+    net = any(isinstance(module, DLRNet) for module in levers.model.modules())
+    through_nets = config.entry.gradient == "reverse" or config.activation_checkpointing == "nested"
+    flows = config.entry.exact and config.entry.trainable not in ("head", "ladder")
+    if ran and flows and (config.tiles > 1 or (net and through_nets)):
+        check("parts_that_ran_another_way", "> 0", levers.taken, levers.taken > 0)
+    if ran and config.activation_storage != "device":
         check("stored_bytes", "> 0", levers.storage.bytes, levers.storage.bytes > 0)
     for lever in ("offload_optimizer", "offload_param"):
         if getattr(config, lever):

@@ -138,6 +138,7 @@ def search(
         ConfigError: If no combination is under the cap, or none is allowed at all.
     """
     full = replace(plan, model=_base(config), checkpointing="none", storage="device", tiles=1, anchor=None)
+    full = replace(full, gradient="backprop")
     reference, cap = _flops(full), float(knobs[CAP])
     states: dict[tuple[Any, ...], Any] = {}
     within: dict[tuple[Any, ...], tuple[Activations, float]] = {}
@@ -202,6 +203,8 @@ def _combinations(
     for name in free(gradient, GRADIENTS if locked else GRADIENTS[:1]):
         method = catalogue.combined(entry.name, entry.transform, entry.trainable, name)
         usual = method.resolve_knobs({})
+        if name == "reverse" and gradient is None and knobs.get("dropout"):
+            continue  # refused: another dropout would give another code
         methods.append((method, {k: knobs.get(k, value) for k, value in usual.items() if k != CAP}))
     for zero, optimizer, param, checkpointing, storage, tiles, (method, own) in itertools.product(
         free(by_hand.zero, (0, 1, 2, 3)), free(by_hand.offload_optimizer, (False, True)),

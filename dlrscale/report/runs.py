@@ -11,6 +11,11 @@ from typing import Any
 
 from dlrscale import record as records
 
+# What `best-memory` chooses, for each side by itself.
+CHOSEN_KEYS = frozenset({
+    "axes", "knobs", "gradient", "zero", "offload_optimizer", "offload_param", "activation_checkpointing",
+    "activation_storage", "tiles", "optimizer_groups", "optimizer_class", "master_dtype",
+})  # fmt: skip
 # Settings that may differ between the two sides of a pair: which model, and where things lie.
 SIDE_KEYS = frozenset(
     {
@@ -22,6 +27,8 @@ SIDE_KEYS = frozenset(
         "hostfile",
         "deepspeed_config", "debug", "force", "dry_run", "side", "kind", "search", "search_trials", "trial",
         "stop_above", "target", "base_result", "pruned_at",
+        # what a job found, and no setting
+        "transform_engine", "resumed", "offloaded_optimizer_bytes", "offloaded_param_bytes", "lever_search",
     }
 )  # fmt: skip
 DEVICE_KEYS = ("type", "kind", "name", "accelerator", "count", "num_ranks", "world_size")
@@ -105,6 +112,9 @@ class Run:
             device = {k: device[k] for k in DEVICE_KEYS if k in device}
         merged = _without_paths(self.record.get("deepspeed_config"))
         kept.pop("seed", None)
+        if settings.get("lever_search"):
+            kept = {k: v for k, v in kept.items() if k not in CHOSEN_KEYS}
+            kept, merged = kept | {"cap": settings["lever_search"].get("cap")}, None
         parts = [self.strategy, device, settings.get("search") or [kept, merged]]
         return json.dumps(parts, sort_keys=True, default=str)
 

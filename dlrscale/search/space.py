@@ -119,6 +119,8 @@ def space(
     if len(factors) > 1:
         ranges.append(Range("batch", choices=factors))
     for knob in config.entry.knobs:
+        if config.entry.gradient == "reverse" and knob.name == "dropout":
+            continue  # refused: another dropout would give another code
         if knob.search is not None and knob.name not in by_hand:
             ranges.append(Range(f"{KNOB}{knob.name}", *knob.search, log=knob.log, whole=isinstance(knob.default, int)))
     return Space(config, tuple(ranges))

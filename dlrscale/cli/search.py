@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,7 @@ class Side:
                 entry = None
             except JobError as error:
                 raise JobError(f"Trial {number} of {self.wanted.trials}: {error}") from None
+            shutil.rmtree(Path(config.out) / "transformed", ignore_errors=True)  # a model for every trial
             rows.append(result.trial_row(number, params, entry and with_cost(entry, Path(config.out))))
             sampler.tell([row[result.HELDOUT] for row in evaluations(Path(config.out))], rows[-1]["loss"])
             self.searched = result.described(self.points, self.wanted, id_, rows)
@@ -351,8 +353,7 @@ def transform_cost(entry: Mapping[str, Any]) -> Any:
     """What a record says of the cost of the transform before the first step."""
     from dlrscale.search import Cost
 
-    seconds = (entry.get("phases") or {}).get("transform", {}).get("seconds", 0.0)
-    tokens, flops = (entry["metrics"].get(f"transform/{name}", 0.0) for name in ("tokens", "flops"))
+    tokens, flops, seconds = (entry["metrics"].get(f"transform/{name}", 0.0) for name in ("tokens", "flops", "time_s"))
     return Cost(tokens, flops, seconds * entry["config"]["num_ranks"] / 3600)
 
 

@@ -168,3 +168,21 @@ def test_unknown_strategy_names_a_near_one():
     with pytest.raises(ConfigError) as error:
         catalogue.strategy("zzz")
     assert "Did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lomo", "mezo", "mezo-lora"])
+def test_a_replaced_gradient_method_takes_its_levers_with_it(name):
+    """Plain backpropagation in the place of a method without an optimizer has one, at every stage."""
+    mixed = catalogue.combined(name, gradient="backprop")
+    levers = mixed.resolve(Levers())
+    assert (levers.optimizer, levers.activation_checkpointing, levers.zero) == ("AdamW", "layer", 2)
+    assert mixed.stages == (0, 1, 2, 3)
+    assert mixed.rates == catalogue.strategy("full").rates
+    assert not {"eps", "clip"} & {knob.name for knob in mixed.knobs}
+
+
+def test_eight_bits_are_not_exact():
+    entry = catalogue.strategy("act-int8")
+    assert not catalogue.is_exact(entry, "int8")
+    assert catalogue.is_exact(entry, "device")
+    assert not catalogue.is_exact(catalogue.strategy("mezo"), "device")

@@ -417,3 +417,18 @@ def test_a_row_counts_only_if_all_its_gates_hold(gates, number, counts):
 def test_claims_say_how_the_settings_were_found():
     assert "3 seeds, tuned in 4 trials on each side." in report.claims(tuned())[2].text
     assert "untuned learning rate" in report.claims(family())[2].text
+
+
+def test_what_a_job_found_does_not_part_the_sides(tmp_path):
+    """A resumed run, a transform's engine, and what best-memory chose for each side belong to no key."""
+    from dlrscale.report.runs import Run
+
+    def key(**config):
+        record = {"strategy": "undistil", "kind": "attack", "config": {"lr": 1e-3, "steps": 4} | config}
+        return Run(tmp_path, record).settings_key
+
+    assert key() == key(transform_engine={"x": 1}, resumed={"step": 2}, offloaded_param_bytes=3)
+    assert key() != key(transform="flatten")
+    first, second = ({"lever_search": {"cap": cap}, "tiles": tiles} for cap, tiles in ((1.33, 1), (1.33, 8)))
+    assert key(**first) == key(**second)
+    assert key(**first) != key(lever_search={"cap": 2.0}, tiles=1)

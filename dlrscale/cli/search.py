@@ -15,7 +15,7 @@ from dlrscale import config as configuration
 from dlrscale import record
 from dlrscale.config import AttackConfig
 from dlrscale.errors import ConfigError, JobError, PlanError
-from dlrscale.search import Space, Target, Wanted, base_result, bill, result, space
+from dlrscale.search import Space, Target, Wanted, base_result, bill, gates, result, space
 from dlrscale.search.sampler import Sampler
 
 TRIALS, TARGET_EVALUATIONS = "trials", 20
@@ -284,17 +284,23 @@ class Side:
         )
 
     def settle(self) -> None:
-        """Bring target and seeds to where they are told: a target above the base's best is known only now."""
+        """Bring target and seeds to where they are told.
+
+        A target above the base's best is known only now, and a run that ended before may have had another one, or
+        another base beside it.
+        """
         from dlrscale import tracking
 
         target = self.wanted.target
-        if target is not None and target.margin is not None and self.records:
+        if target is not None and self.records:
             folders = [self.out / f"seed-{entry['seed']}" for entry in self.records]
             losses = [result.best_loss(e, evaluations(f)) for e, f in zip(self.records, folders, strict=True)]
             found = [loss for loss in losses if loss is not None]
-            if found:
-                limit = min(found) + target.margin
-                self.records = [amended(e, f, limit) for e, f in zip(self.records, folders, strict=True)]
+            limit = target.loss if target.margin is None else min(found, default=None)
+            if limit is not None:
+                limit += target.margin or 0.0
+                config = dataclasses.replace(self.points.given, target=limit, base_result=self.base)
+                self.records = [amended(e, f, limit, config) for e, f in zip(self.records, folders, strict=True)]
                 for folder in folders if self.config.tracking_uri != "none" else ():
                     tracking.replay_quietly(folder, self.config.tracking_uri)
         if self.searched is not None:
@@ -357,12 +363,13 @@ def transform_cost(entry: Mapping[str, Any]) -> Any:
     return Cost(tokens, flops, seconds * entry["config"]["num_ranks"] / 3600)
 
 
-def amended(entry: dict[str, Any], folder: Path, target: float) -> dict[str, Any]:
-    """Append a run's record once more, with the cost to a target that was not known while it ran."""
-    if entry["metrics"].get("target/loss") == target:
+def amended(entry: dict[str, Any], folder: Path, target: float, config: AttackConfig) -> dict[str, Any]:
+    """Append a run's record once more, with cost and gates for a target or a base that it did not know."""
+    told = (entry.get("gates") or {}) | gates(config, str(entry["side"]))
+    if entry["metrics"].get("target/loss") == target and entry.get("gates") == told:
         return entry
-    found = with_cost(entry, folder, target)
-    found["config"] = found["config"] | {"target": target}
+    found = with_cost(entry, folder, target) | {"gates": told}
+    found["config"] = found["config"] | {"target": target, "base_result": config.base_result}
     record.append_line(folder / record.RECORDS_FILE, found)
     return found
 

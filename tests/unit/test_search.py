@@ -495,3 +495,17 @@ def test_seeds_without_a_search_repeat_the_given_settings(jobs_run, side, tmp_pa
     assert [run["seed"] for run in records] == [0, 1]
     assert all(run["config"]["heldout_part"] is None and run["config"]["lr"] == 1e-3 for run in records)
     assert not (tmp_path / "out" / "search.json").exists()
+
+
+def test_another_target_in_the_same_folder_is_the_one_that_counts(jobs_run, side, tmp_path):
+    """Nothing runs again; the records are told once more, with the cost to the new target."""
+    ran, _ = jobs_run
+    first = side(trials=0, target=Target(loss=5.0)).run()
+    assert {run["metrics"]["target/reached"] for run in first} == {1}
+    ran.clear()
+    second = side(trials=0, target=Target(loss=1.0)).run()
+    assert ran == []
+    assert {(run["metrics"]["target/loss"], run["metrics"]["target/reached"]) for run in second} == {(1.0, 0)}
+    told = list(record.read_lines(tmp_path / "out" / "seed-0" / "records.jsonl"))
+    assert [entry["config"]["target"] for entry in told][-1] == 1.0
+    assert len({entry["id"] for entry in told}) == 1

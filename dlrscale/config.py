@@ -133,6 +133,14 @@ class LockConfig(RunConfig):
         return found
 
 
+# What a search of the levers chooses (`lever_search`), each side for itself.
+CHOSEN_KEYS = frozenset({
+    "axes", "knobs", "gradient", "zero", "offload_optimizer", "offload_param", "activation_checkpointing",
+    "activation_storage", "tiles", "optimizer_groups", "optimizer_class", "master_dtype", "deepspeed_layout",
+    "deepspeed_config",
+})  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(RunConfig):
     """An attack: one strategy on one model, locked or not; an axis that is None is the strategy's own.

@@ -15,7 +15,7 @@ from dlrscale import config as configuration
 from dlrscale import record
 from dlrscale.config import AttackConfig
 from dlrscale.errors import ConfigError, JobError, PlanError
-from dlrscale.search import Space, Target, Wanted, base_result, bill, gates, result, space
+from dlrscale.search import Space, Target, Wanted, base_result, cost_of, gates, result, space
 from dlrscale.search.sampler import Sampler
 
 TRIALS, TARGET_EVALUATIONS = "trials", 20
@@ -345,22 +345,9 @@ def with_cost(entry: dict[str, Any], folder: Path, target: float | None = None) 
     Returns:
         The record, or one with more metrics.
     """
-    metrics, config = entry["metrics"], entry["config"]
-    if "cost/tokens" in metrics and target is None:
+    if "cost/tokens" in entry["metrics"] and target is None:
         return entry
-    flops = (entry.get("plan") or {}).get("flops_per_micro_batch")
-    per_token = sum(flops.values()) / (config["micro_batch"] * config["seq_len"]) if flops else None
-    rows, before = step_rows(folder), transform_cost(entry)
-    found = bill(rows, metrics, per_token, config["num_ranks"], target, before)
-    return entry | {"metrics": metrics | found}
-
-
-def transform_cost(entry: Mapping[str, Any]) -> Any:
-    """What a record says of the cost of the transform before the first step."""
-    from dlrscale.search import Cost
-
-    tokens, flops, seconds = (entry["metrics"].get(f"transform/{name}", 0.0) for name in ("tokens", "flops", "time_s"))
-    return Cost(tokens, flops, seconds * entry["config"]["num_ranks"] / 3600)
+    return entry | {"metrics": entry["metrics"] | cost_of(entry, step_rows(folder), target)}
 
 
 def amended(entry: dict[str, Any], folder: Path, target: float, config: AttackConfig) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from dlrscale import config as configuration
-from dlrscale import data, distil, export, folders, models, record, shapes, surgery
+from dlrscale import data, distil, export, folders, models, record, search, shapes, surgery
 from dlrscale.config import LockConfig
 from dlrscale.engine import Engine
+from dlrscale.jobs import forecast
 from dlrscale.jobs.common import MODEL_FOLDER, Run, evaluator, load_corpora, make_batches
 from dlrscale.train import Loop, Stage
 
@@ -71,6 +72,7 @@ def lock(run_: Run) -> None:
         "params/ratio": shapes.param_ratio(config.form, shape, ranks),
     }
     run_.metrics["tokens/heal"] = run_.metrics["tokens/total"] - run_.metrics["tokens/distil"]
+    run_.metrics |= cost(run_, loop.rows)
     with run_.phases.phase("save"):
         nets = distiller.weights(ds)
         if ds.rank == 0:
@@ -78,6 +80,16 @@ def lock(run_: Run) -> None:
             dtype = models.stored_dtype(config.model)  # the base's own, whatever the lock was trained in
             export.export_locked(config.model, run_.out / MODEL_FOLDER, dtype, config.form, nets, manifest)
         ds.barrier()
+
+
+def cost(run_: Run, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """What the lock has cost its maker, evaluations apart: `cost/tokens`, planned `cost/flops`, `cost/device_hours`."""
+    config: LockConfig = run_.config
+    planned = forecast.forecast(config, run_.ds_config).flops()
+    per_token = {stage: sum(f.values()) / (config.micro_batch * config.seq_len) for stage, f in planned.items()}
+    flops = sum(row["processed_tokens"] * per_token[row["phase"]] for row in rows)
+    seconds = sum(row["time/step_s"] + row["time/data_s"] for row in rows)
+    return search.Cost(rows[-1]["tokens"], flops, seconds * config.num_ranks / 3600).metrics("cost")
 
 
 def lock_manifest(

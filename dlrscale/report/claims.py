@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dlrscale.report import costs
+from dlrscale.report.costs import MARGIN_NATS, SAVED
+from dlrscale.report.rows import MIN_SEEDS, Interval, Row, mean_loss, rows
 from dlrscale.report.runs import HOST, Lock, Pair, Run, divide
 from dlrscale.report.tables import loss, significant, size
 
 STANDS, FALLS, OPEN = "stands", "falls", "not decided"
-SAVED, SAVED_MLP = "memory/saved_bytes_per_token", "memory/saved_mlp_bytes_per_token"
+SAVED_MLP = "memory/saved_mlp_bytes_per_token"
 TIME_MARGIN = 0.10  # a time asymmetry within this of 1 is noise
 KEPT_NATS = 0.05  # our limit for C5: so many nats per token above the base model still count as kept
-MIN_SEEDS = 3
-UNDOING = ("flatten", "undistil", "drop-blocks")  # strategies that change the lock itself first
-# Two-sided 95 % quantiles of Student's t by degrees of freedom.
-STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+SHOWN = 8  # rows that a claim names in full
 
 
 @dataclass(frozen=True)
@@ -54,21 +53,27 @@ def judge(locks: Sequence[Lock]) -> list[Claim]:
     return [_memory(real), _backward(real), _optimisation(real), _adaptive(real), _capability(real)]
 
 
-def pairs_of(lock: Lock, *strategies: str) -> list[Pair]:
-    """A lock's rows of some strategies in which both sides were run."""
-    return [p for p in lock.pairs if p.base and p.locked and (not strategies or p.strategy in strategies)]
+def _real(lock: Lock) -> list[Row]:
+    """A lock's rows with both sides, without those that a gate has found not to be what they claim."""
+    return [row for row in rows(lock) if row.is_real and any(p.base and p.locked for p in row.pairs)]
+
+
+def _left_out(lock: Lock) -> list[str]:
+    """A line on the rows that are left out because a gate says that they are not what they claim."""
+    names = [row.name for row in rows(lock) if not row.is_real]
+    return [f"{lock.short}: left out, a gate fails: {'; '.join(names)}."] if names else []
 
 
 def slopes(locks: Sequence[Lock]) -> list[Slope]:
-    """Saved bytes against depth under `full`, for each form and base locked at two depths or more."""
+    """Saved bytes against depth under plain autograd, for each form and base locked at two depths or more."""
     groups: dict[str, dict[float, float]] = {}
     for lock in locks:
         depth = lock.manifest.get("depth")
         if not isinstance(depth, (int, float)):
             continue
-        for pair in lock.pairs:
+        for pair in (pair for row in rows(lock) if row.plain and row.is_real for pair in row.pairs):
             run = pair.locked
-            value = run.metric(SAVED_MLP) if run and pair.strategy == "full" else None
+            value = run.metric(SAVED_MLP) if run else None
             if run is not None and value is not None:
                 key = json.dumps([lock.manifest.get("form"), lock.base_digest, run.key])
                 groups.setdefault(key, {}).setdefault(float(depth), value)
@@ -97,20 +102,21 @@ def _memory(locks: Sequence[Lock]) -> Claim:
     """C1: decided by the bytes saved under plain autograd; what checkpointing leaves is told beside it."""
     verdicts, lines = [], []
     for lock in locks:
-        plain = pairs_of(lock, "full") or pairs_of(lock, "full-offload")  # offload moves states, not activations
-        full = [p for p in plain if p.ratio(SAVED) is not None]
-        if not full:
+        plain = [pair for row in _real(lock) if row.plain for pair in row.pairs if pair.ratio(SAVED) is not None]
+        still = [pair for pair in plain if not pair.any.settings.get("offload_optimizer")]  # offload moves states alone
+        if not plain:
             lines.append(f"{lock.short}: no full or full-offload on both sides with saved bytes; not decided.")
-        for pair in full:
+        for pair in _one_each(still or plain):
             base, locked = pair.both(SAVED)
             ratio, mlp = pair.ratio(SAVED), pair.ratio(SAVED_MLP)
             verdicts.append(STANDS if ratio is not None and ratio > 1 else FALLS)
             part = f", the DLR-Net part alone {significant(mlp)}x" if mlp is not None else ""
             left = _left_by_checkpointing(lock, pair)
             lines.append(
-                f"{lock.short}: {pair.label} saves {significant(ratio)}x the bytes per token ({size(locked)} "
+                f"{lock.short}: {pair.setting} saves {significant(ratio)}x the bytes per token ({size(locked)} "
                 f"against {size(base)}){part}; {left}."
             )
+        lines += _left_out(lock)
     for slope in slopes(locks):
         if slope.per_block <= 0:
             verdicts.append(FALLS)
@@ -122,12 +128,18 @@ def _memory(locks: Sequence[Lock]) -> Claim:
     return _claim("C1", "memory: plain backpropagation keeps more, in proportion to depth", verdicts, lines)
 
 
+def _one_each(pairs: Sequence[Pair]) -> list[Pair]:
+    """One pair for each setting: what is told of it depends on no seed."""
+    return list({pair.setting: pair for pair in reversed(pairs)}.values())[::-1]
+
+
 def _left_by_checkpointing(lock: Lock, full: Pair) -> str:
     """What layer checkpointing leaves of the lock's extra memory, and what it costs."""
-    found = pairs_of(lock, "ckpt-layer")
-    if not found:
+    found = [pair for row in _real(lock) if row.checkpointed and row.task == full.task for pair in row.pairs]
+    pair = next((p for p in found if p.base and p.locked), None)
+    if pair is None:
         return "ckpt-layer was not run on both sides, so what it leaves is not known"
-    pair, said = found[0], []
+    said = []
     base, locked = pair.both(SAVED)
     full_base, full_locked = full.both(SAVED)
     if None not in (base, locked, full_base, full_locked):
@@ -140,7 +152,7 @@ def _left_by_checkpointing(lock: Lock, full: Pair) -> str:
         said.append(f"peak memory {significant(peak)}x ({pair.where})")
     cost = divide(_step_time(pair.locked), _step_time(full.locked))
     if cost is not None:
-        said.append(f"at {significant(cost)}x the step time of {full.label}")
+        said.append(f"at {significant(cost)}x the step time of {full.strategy}")
     return f"ckpt-layer leaves {', '.join(said)}" if said else "ckpt-layer was run but not measured"
 
 
@@ -148,60 +160,77 @@ def _step_time(run: Run | None) -> float | None:
     return run.metric("time/step_s") if run else None
 
 
-def _trained(lock: Lock) -> list[Pair]:
-    """Rows that trained the locked architecture itself on both sides to the end."""
-    found = []
-    for pair in pairs_of(lock):
-        transform = (pair.any.settings.get("axes") or {}).get("transform")
-        undone = transform not in (None, "none") or pair.strategy in UNDOING
-        if not undone and all(run is not None and run.ok for run in (pair.base, pair.locked)):
-            found.append(pair)
-    return found
-
-
 def _backward(locks: Sequence[Lock]) -> Claim:
     """C2: by the ratio of ratios, locked against base, backward against forward."""
     verdicts, lines = [], []
     for lock in locks:
         figures = []
-        for pair in _trained(lock):
-            forward, backward = pair.ratio("time/forward_s"), pair.ratio("time/backward_s")
-            asymmetry = divide(backward, forward)
-            if asymmetry is not None:
-                ratios = f"forward {significant(forward)}x, backward {significant(backward)}x"
-                figures.append((pair, asymmetry, f"{pair.label} {significant(asymmetry)} ({ratios})"))
+        for row in (row for row in _real(lock) if row.in_place):
+            ended = [p for p in row.pairs if p.base and p.locked and p.base.ok and p.locked.ok]
+            ratios = [(p.ratio("time/forward_s"), p.ratio("time/backward_s")) for p in ended]
+            known = [(f, b) for f, b in ratios if f and b is not None]
+            if known:
+                forward, backward = (statistics.fmean(values) for values in zip(*known, strict=True))
+                asymmetry = statistics.fmean(b / f for f, b in known)
+                told = f"forward {significant(forward)}x, backward {significant(backward)}x"
+                figures.append((row, asymmetry, f"{row.name} {significant(asymmetry)} ({told})"))
         if not figures:
             lines.append(f"{lock.short}: no attack with forward and backward times on both sides; not decided.")
             continue
-        where = "on the CPU" if figures[0][0].where == HOST else "on the accelerator"
+        where = "on the CPU" if figures[0][0].pairs[0].where == HOST else "on the accelerator"
         lines.append(f"{lock.short}: backward / forward, {where}: {'; '.join(f[2] for f in figures)}.")
-        plain = [f for f in figures if f[0].strategy == "full"] or figures
+        plain = [f for f in figures if f[0].plain] or figures
         signs = {0 if abs(a - 1) <= TIME_MARGIN else (1 if a > 1 else -1) for _, a, _ in plain}
         decided = len(signs) == 1 and where == "on the accelerator"
         verdicts.append({1: STANDS, -1: FALLS, 0: OPEN}[signs.pop()] if decided else OPEN)
     if verdicts:
         lines.append(
-            f"One timed run per side; a figure within {TIME_MARGIN:.0%} of 1 decides nothing, nor does any on a CPU."
+            f"Means over seeds; a figure within {TIME_MARGIN:.0%} of 1 decides nothing, nor does any on a CPU."
         )
     return _claim("C2", "backward: the backward pass is slowed more than the forward pass", verdicts, lines)
 
 
+def _by_task(found: Sequence[Row]) -> dict[str, list[Row]]:
+    tasks: dict[str, list[Row]] = {}
+    for row in found:
+        tasks.setdefault(row.task, []).append(row)
+    return tasks
+
+
 def _optimisation(locks: Sequence[Lock]) -> Claim:
-    """C3: figures only, because the learning rate is untuned and the seed is one."""
-    lines = []
+    """C3: by the attacker that does best on the locked architecture, of those that count: its loss above the base's."""
+    verdicts, lines = [], []
     for lock in locks:
-        figures = []
-        for pair in _trained(lock):
-            base, locked = pair.both("loss/heldout_task")
-            if base is not None and locked is not None:
-                figures.append(f"{pair.label} {loss(base)} and {loss(locked)} ({locked - base:+.3f})")
-        if figures:
-            lines.append(f"{lock.short}: task loss after training, base and locked (difference): {'; '.join(figures)}.")
+        for task, found in _by_task([row for row in _real(lock) if row.in_place and row.gaps]).items():
+            counted = sorted((row for row in found if not row.faults), key=lambda row: mean_loss(row, "locked"))
+            others = [row for row in found if row.faults]
+            where = f"{lock.short}, {task}"
+            if counted:
+                best = counted[0]
+                gap = Interval.of(best.gaps)
+                both = " and ".join(loss(mean_loss(best, side)) for side in ("base", "locked"))
+                lines.append(
+                    f"{where}: the best of {len(counted)} rows that count is {best.name}: locked - base {gap} nats "
+                    f"({both}), against a limit of {MARGIN_NATS:+.2f}; then {_gaps(counted[1:SHOWN]) or 'none'}."
+                )
+                verdicts.append(STANDS if gap.low > MARGIN_NATS else FALLS if gap.high <= MARGIN_NATS else OPEN)
+            else:
+                verdicts.append(OPEN)
+            if others:
+                lines.append(f"{where}: do not count, locked - base: {_gaps(others[:SHOWN])}{_more(others)}.")
     if lines:
-        lines.append(f"{_seeds(locks)}, {_tuning(locks)}.")
+        lines.append(f"{_seeds(locks)}, {_tuning(locks)}. Intervals: paired by seed, Student's t, 95 %.")
     else:
         lines.append("No attack with a held-out task loss on both sides.")
-    return Claim("C3", "optimisation: standard fine-tuning is made harder", OPEN, "\n".join(lines))
+    return _claim("C3", "optimisation: standard fine-tuning is made harder", verdicts, lines)
+
+
+def _gaps(found: Sequence[Row]) -> str:
+    return "; ".join(f"{row.name} {Interval.of(row.gaps)}" for row in found)
+
+
+def _more(found: Sequence[Row]) -> str:
+    return f"; {len(found) - SHOWN} more" if len(found) > SHOWN else ""
 
 
 def _seeds(locks: Sequence[Lock]) -> str:
@@ -221,31 +250,44 @@ def _tuning(locks: Sequence[Lock]) -> str:
 
 
 def _adaptive(locks: Sequence[Lock]) -> Claim:
-    """C4: what an attacker who knows the lock gets by undoing it; figures only."""
-    lines, found = [], False
+    """C4: by the cheapest attack that brings the locked model to what the base reaches, its transform paid for."""
+    verdicts, lines, untested = [], [], True
     for lock in locks:
-        if lock.run is not None and lock.run.metric("loss/heldout_flat") is not None:
-            flat, locked = (lock.run.metric(f"loss/heldout_{k}") for k in ("flat", "locked"))
-            found = True
-            lines.append(
-                f"{lock.short}: flattened without training its held-out loss is {loss(flat)}, as locked {loss(locked)}."
-            )
-        for pair in lock.pairs:
-            if pair.strategy not in UNDOING or pair.locked is None:
-                continue
-            run, found = pair.locked, True
-            base = pair.base.metric("loss/heldout_task") if pair.base else None
-            before, after = (run.metric(f"loss/heldout_task{k}") for k in ("_start", ""))
-            lines.append(
-                f"{lock.short}, {pair.label} ({run.outcome}): task loss {loss(before)} after the transform, "
-                f"{loss(after)} after training"
-                f"{f'; the same on the base model {loss(base)}' if base is not None else ''}."
-            )
-    if found:
-        lines.append(f"{_seeds(locks)}, {_tuning(locks)}.")
-    else:
+        undone = costs.undone(lock)
+        lines += _flat(lock) + undone
+        changed = [row for row in rows(lock) if not row.in_place and row.runs("locked")]
+        untested = untested and not changed and not undone
+        outcomes = []
+        for task, found in _by_task([row for row in _real(lock) if row.gaps]).items():
+            reached, told = costs.cheapest([row for row in found if not row.faults])
+            outcomes.append(reached)
+            lines += [f"{lock.short}, {task}: {line}" for line in told]
+        if outcomes:  # one task is enough to fall
+            verdicts.append(FALLS if True in outcomes else OPEN if None in outcomes else STANDS)
+        for row in changed:
+            if row.faults:
+                ends = ", ".join(dict.fromkeys(str(run.outcome) for run in row.runs("locked")))
+                lines.append(f"{lock.short}, {row.name} ({ends}): {_ended(row)}; does not count.")
+    if untested and not lines:
         lines.append("No attack that knows the lock, such as flatten, among these records.")
-    return Claim("C4", "adaptive: it withstands attackers who know the lock", OPEN, "\n".join(lines))
+    else:
+        lines.append(f"{_seeds(locks)}, {_tuning(locks)}. FLOPs are planned, with those of the transform.")
+    return _claim("C4", "adaptive: it withstands attackers who know the lock", verdicts, lines)
+
+
+def _ended(row: Row) -> str:
+    run = row.runs("locked")[0]
+    before, after = (run.metric(f"loss/heldout_task{k}") for k in ("_start", ""))
+    base = next((value for other in row.runs("base") if (value := other.metric("loss/heldout_task")) is not None), None)
+    also = f"; the same on the base model {loss(base)}" if base is not None else ""
+    return f"task loss {loss(before)} after the transform, {loss(after)} after training{also}"
+
+
+def _flat(lock: Lock) -> list[str]:
+    if lock.run is None or lock.run.metric("loss/heldout_flat") is None:
+        return []
+    flat, locked = (lock.run.metric(f"loss/heldout_{k}") for k in ("flat", "locked"))
+    return [f"{lock.short}: flattened without training its held-out loss is {loss(flat)}, as locked {loss(locked)}."]
 
 
 def _capability(locks: Sequence[Lock]) -> Claim:
@@ -267,13 +309,9 @@ def _capability(locks: Sequence[Lock]) -> Claim:
         if len(added) < MIN_SEEDS:
             verdicts.append(OPEN)
             continue
-        mean = statistics.fmean(added)
-        half = STUDENT.get(len(added) - 1, 2.2) * statistics.stdev(added) / math.sqrt(len(added))
-        verdicts.append(STANDS if mean + half <= KEPT_NATS else FALLS if mean - half > KEPT_NATS else OPEN)
-        lines.append(
-            f"{len(added)} seeds: {mean:+.3f} nats, 95 % interval {mean - half:+.3f} to {mean + half:+.3f}; "
-            f"our limit is +{KEPT_NATS} nats."
-        )
+        known = Interval.of(added)
+        verdicts.append(STANDS if known.high <= KEPT_NATS else FALLS if known.low > KEPT_NATS else OPEN)
+        lines.append(f"{len(added)} seeds: {known} nats (95 %); our limit is +{KEPT_NATS} nats.")
     if verdicts and all(len(dict(p)) < MIN_SEEDS for p in groups.values()):
         lines.append(f"Fewer than {MIN_SEEDS} seeds per lock: the figure stands, the verdict is not decided.")
     return _claim("C5", "capability: the model's own abilities are kept", verdicts, lines)

@@ -6,16 +6,12 @@ import itertools
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from dlrscale import record as records
+from dlrscale.config import CHOSEN_KEYS
 
-# What `best-memory` chooses, for each side by itself.
-CHOSEN_KEYS = frozenset({
-    "axes", "knobs", "gradient", "zero", "offload_optimizer", "offload_param", "activation_checkpointing",
-    "activation_storage", "tiles", "optimizer_groups", "optimizer_class", "master_dtype",
-})  # fmt: skip
 # Settings that may differ between the two sides of a pair: which model, and where things lie.
 SIDE_KEYS = frozenset(
     {
@@ -138,11 +134,15 @@ def _without_paths(value: Any) -> Any:
 
 @dataclass(eq=False)
 class Pair:
-    """One row of a lock's tables: the same attack on both sides, or on the one that there is."""
+    """One row of a lock's tables: the same attack on both sides, or on the one that there is.
+
+    `label` names it among the lock's pairs, `setting` what it has in common with those that differ in the seed alone.
+    """
 
     base: Run | None
     locked: Run | None
     label: str = ""
+    setting: str = ""
 
     @property
     def any(self) -> Run:
@@ -159,8 +159,16 @@ class Pair:
     @property
     def name(self) -> str:
         """Name of the strategy, with the trials of the search that its settings come from."""
-        trials = self.any.settings.get("search_trials")
-        return f"{self.strategy}, {trials} trials" if trials else self.strategy
+        settings = self.any.settings
+        cap = (settings.get("lever_search") or {}).get("cap")
+        name = f"{self.strategy} {cap:g}x" if cap else self.strategy
+        trials = settings.get("search_trials")
+        return f"{name}, {trials} trials" if trials else name
+
+    @property
+    def task(self) -> str:
+        """What it is trained on: the data's last two names."""
+        return "/".join(PurePath(str(self.any.settings.get("data"))).parts[-2:])
 
     @property
     def where(self) -> str:
@@ -323,17 +331,23 @@ def _label(pairs: list[Pair]) -> None:
     for name, rows in itertools.groupby(sorted(pairs, key=lambda p: p.name), key=lambda p: p.name):
         alike = list(rows)
         tuned = any(pair.any.settings.get("search") for pair in alike)
-        flat = [({} if tuned else _flat(pair.any.settings)) | {"seed": pair.any.seed} for pair in alike]
-        names = sorted({name for settings in flat for name in settings})
+        flat = [({"data": pair.task} if tuned else _flat(pair.any.settings)) for pair in alike]
+        names = sorted({name for settings in flat for name in settings} - {"seed"})
         apart = [n for n in names if len({json.dumps(s.get(n), default=str) for s in flat}) > 1]
+        seeds = {json.dumps(pair.any.seed) for pair in alike}
         for pair, settings in zip(alike, flat, strict=True):
-            notes = ", ".join(f"{name} {settings.get(name)}" for name in apart)
-            pair.label = f"{name} ({notes})" if notes else name
+            notes = [(name, settings.get(name)) for name in apart]
+            pair.setting = _noted(name, notes)
+            pair.label = _noted(name, sorted([*notes, ("seed", pair.any.seed)]) if len(seeds) > 1 else notes)
     for label in {pair.label for pair in pairs}:
         same = [pair for pair in pairs if pair.label == label]
         if len(same) > 1:
             for number, pair in enumerate(same, 1):
                 pair.label = f"{label} #{number}"
+
+
+def _noted(name: str, notes: list[tuple[str, Any]]) -> str:
+    return f"{name} ({', '.join(f'{k} {v}' for k, v in notes)})" if notes else name
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

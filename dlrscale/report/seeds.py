@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from dlrscale.report.page import MISSING, Table
+from dlrscale.report.rows import MIN_SEEDS, TASK, rows
 from dlrscale.report.runs import Lock, Pair, Run, divide
 from dlrscale.report.tables import SIDES, count, loss, significant, text
 
-MIN_SEEDS = 3
 SPENT = (("tokens", "tokens"), ("FLOPs", "flops"), ("device-hours", "device_hours"))
-GATES = ("gradient", "engaged", "base_reaches", "equal_search")
-REQUIRED = ("base_reaches", "equal_search")  # what is not told by these is not passed; the others say "does not apply"
 
 
 def blocks(lock: Lock) -> list[Table]:
     """The tables of a lock that there is something for."""
     found = []
-    if any(len(rows) > 1 for rows in by_settings(lock).values()):
+    if any(len(row.pairs) > 1 for row in rows(lock)):
         found.append(means(lock))
     if any(run.metric("target/loss") is not None for pair in lock.pairs for run in _runs(pair)):
         found.append(targets(lock))
@@ -28,14 +25,6 @@ def blocks(lock: Lock) -> list[Table]:
         found.append(gates(lock))
     if lock.searches:
         found.append(searches(lock))
-    return found
-
-
-def by_settings(lock: Lock) -> dict[str, list[Pair]]:
-    """Rows that differ in the seed alone, by what they have in common."""
-    found: dict[str, list[Pair]] = {}
-    for pair in lock.pairs:
-        found.setdefault(pair.any.settings_key, []).append(pair)
     return found
 
 
@@ -50,19 +39,19 @@ def spread(values: Sequence[float | None], show: Callable[[float | None], str]) 
 
 def means(lock: Lock) -> Table:
     """Mean and spread over seeds; the rows of each seed stand in the other tables."""
-    rows = []
-    for pairs in by_settings(lock).values():
-        losses = [pair.both("loss/heldout_task") for pair in pairs]
+    cells = []
+    for row in rows(lock):
+        losses = [pair.both(TASK) for pair in row.pairs]
         gaps = [locked - base if None not in (base, locked) else None for base, locked in losses]
-        seeds = sorted({str(pair.any.seed) for pair in pairs})
-        rows.append(
+        seeds = sorted({str(pair.any.seed) for pair in row.pairs})
+        cells.append(
             [
-                pairs[0].name,
+                row.name,
                 ", ".join(seeds),
                 *(spread([both[i] for both in losses], loss) for i in (0, 1)),
                 spread(gaps, lambda v: MISSING if v is None else f"{v:.3f}"),
-                spread([pair.ratio("time/step_s") for pair in pairs], significant),
-                spread([divide(*reversed(pair.peaks())) for pair in pairs], significant),
+                spread([pair.ratio("time/step_s") for pair in row.pairs], significant),
+                spread([divide(*reversed(pair.peaks())) for pair in row.pairs], significant),
             ]
         )
     groups = [
@@ -72,12 +61,12 @@ def means(lock: Lock) -> Table:
         ("peak", ["ratio"]),
     ]
     note = "Mean ± sample standard deviation over seeds; differences and ratios are taken seed by seed."
-    return Table("Over seeds", groups, rows, note)
+    return Table("Over seeds", groups, cells, note)
 
 
 def targets(lock: Lock) -> Table:
     """Tokens, FLOPs and device-hours to the target, alone and with the trials of the search."""
-    rows = []
+    found = []
     for pair in lock.pairs:
         sides = _runs(pair)
         target = next((v for run in sides if (v := run.metric("target/loss")) is not None), None)
@@ -87,19 +76,19 @@ def targets(lock: Lock) -> Table:
         for _, name in SPENT:
             cells += _censored(pair, [run and run.metric(f"target/{name}") for run in (pair.base, pair.locked)])
         with_search = [_with_search(lock, run) for run in (pair.base, pair.locked)]
-        rows.append([*cells, *_censored(pair, with_search)])
+        found.append([*cells, *_censored(pair, with_search)])
     groups = [
         ("", ["strategy", "target"]),
         *((title, SIDES) for title, _ in SPENT),
         ("tokens with the search", SIDES),
     ]
-    if all(row[-1] == MISSING for row in rows):  # the trials are not among the records
-        groups, rows = groups[:-1], [row[: -len(SIDES)] for row in rows]
+    if all(row[-1] == MISSING for row in found):  # the trials are not among the records
+        groups, found = groups[:-1], [row[: -len(SIDES)] for row in found]
     note = (
         "To the first held-out evaluation at or below the target, nothing interpolated; >: not reached in all that was "
         "spent. FLOPs: planned. Device-hours: time of steps and data on all devices."
     )
-    return Table("To the target", groups, rows, note)
+    return Table("To the target", groups, found, note)
 
 
 def _runs(pair: Pair) -> list[Run]:
@@ -134,58 +123,28 @@ def amount(value: float) -> str:
 
 def gates(lock: Lock) -> Table:
     """One row per strategy and settings: whether it counts, and if not why."""
-    rows = []
-    for pairs in by_settings(lock).values():
-        runs = [run for pair in pairs for run in _runs(pair)]
-        locked = [pair.locked for pair in pairs if pair.locked is not None]
-        told = {name: _gate(name, locked if name in REQUIRED else runs) for name in GATES}
-        seeds = {run.seed for run in locked if run.ok}
-        faults = [f"{name.replace('_', ' ')}: {cell}" for name, (holds, cell) in told.items() if not holds]
-        if len(seeds) < MIN_SEEDS:
-            faults.append(f"seeds: {len(seeds)} of {MIN_SEEDS}")
-        cells = [cell for _, cell in told.values()]
-        rows.append([pairs[0].name, *cells, str(len(seeds)), f"no ({'; '.join(faults)})" if faults else "yes"])
+    cells = []
+    for row in rows(lock):
+        faults = row.faults
+        told = [cell for _, cell in row.gates.values()]
+        cells.append([row.name, *told, str(len(row.seeds)), f"no ({'; '.join(faults)})" if faults else "yes"])
     columns = ["strategy", "gradient", "engaged", "base reaches", "equal search", "seeds", "counts"]
     note = (
         "A row counts only if its gradient is plain autograd's (cosine) where it claims so, its levers were active, "
         f"the same strategy reaches the target on the base, both sides had as many trials, and {MIN_SEEDS} seeds or "
         "more ended ok. The worst of all its runs is shown."
     )
-    return Table("Gates", [("", columns)], rows, note)
-
-
-def _gate(name: str, runs: Sequence[Run]) -> tuple[bool, str]:
-    """Whether a gate holds for all runs, and the worst of them in words."""
-    found = [(run.gates or {}).get(name) for run in runs]
-    if not found or None in found:
-        return False, "not checked"
-    failed = [gate for gate in found if gate.get("holds") is False]
-    unknown = [gate for gate in found if gate.get("holds") is None]
-    if not failed and unknown:
-        return name not in REQUIRED, str(unknown[0].get("why", "not told"))
-    return not failed, _said(name, failed or found)
-
-
-def _said(name: str, found: Sequence[dict[str, Any]]) -> str:
-    gate = min(found, key=lambda g: g.get("cosine") or 0.0) if name == "gradient" else found[0]
-    words = "yes" if gate.get("holds") else "no"
-    if name == "gradient" and isinstance(gate.get("cosine"), (int, float)):
-        return f"{words}, cosine {gate['cosine']:.6f}"
-    if name == "base_reaches":
-        return f"{words}, {gate.get('reached')} of {gate.get('runs')}"
-    if name == "equal_search":
-        return f"{words}, {gate.get('base_trials')} / {gate.get('trials')} trials"
-    return f"{words}: {gate['why']}" if words == "no" and gate.get("why") else words
+    return Table("Gates", [("", columns)], cells, note)
 
 
 def searches(lock: Lock) -> Table:
     """One row per search and side: how the trials ended, and what the best of them is."""
-    rows = []
+    found = []
     for search in lock.searches:
         for side in ("base", "locked"):
             trials = search.trials(side)
             if trials:
-                rows.append([search.name, side, *_trials(trials)])
+                found.append([search.name, side, *_trials(trials)])
     columns = [
         "strategy",
         "side",
@@ -200,7 +159,7 @@ def searches(lock: Lock) -> Table:
         "knobs",
     ]
     note = "Losses on the tuning half of the held-out data; the rows above are measured on the other half."
-    return Table("Searches", [("", [*columns, "tokens of all trials"])], rows, note)
+    return Table("Searches", [("", [*columns, "tokens of all trials"])], found, note)
 
 
 def _trials(trials: Sequence[Run]) -> list[str]:

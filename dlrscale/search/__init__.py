@@ -5,6 +5,6 @@ Nothing here runs a job: `cli/search.py` does that. `sampler.py` is the only doo
 
 from dlrscale.search.result import Wanted, base_result, gates, search_id
 from dlrscale.search.space import Range, Space
-from dlrscale.search.target import Cost, Target, bill
+from dlrscale.search.target import Cost, Target, bill, cost_of
 
-__all__ = ["Cost", "Range", "Space", "Target", "Wanted", "base_result", "bill", "gates", "search_id"]
+__all__ = ["Cost", "Range", "Space", "Target", "Wanted", "base_result", "bill", "cost_of", "gates", "search_id"]

@@ -37,6 +37,8 @@ class Wanted:
 def search_id(space: Space, trials: int, ds_config: Mapping[str, Any]) -> str:
     """The id of a search, the same for both sides of it: all given settings but the model, the ranges, the trials.
 
+    Where the planner chooses the levers of each side, the cap stands for them.
+
     Args:
         space: The space.
         trials: Their number.
@@ -46,6 +48,9 @@ def search_id(space: Space, trials: int, ds_config: Mapping[str, Any]) -> str:
         64 hexadecimal digits.
     """
     values = configuration.identify(space.given, ds_config) | {"trials": trials, "space": space.described()}
+    if space.given.lever_search:
+        values = {k: v for k, v in values.items() if k not in configuration.CHOSEN_KEYS}
+        values["cap"] = space.given.lever_search["cap"]
     return record.hash_config(values, record.UNIDENTIFIED_KEYS | {"model"})
 
 

@@ -132,3 +132,24 @@ def bill(
     evaluations.append((total, losses.get(HELDOUT)))
     found = total.metrics("cost")
     return found if target is None else found | to_target(evaluations, target, total)
+
+
+def cost_of(
+    entry: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], target: float | None = None
+) -> dict[str, float]:
+    """What an ended attack cost in all, and to a target that it may not have known.
+
+    Args:
+        entry: Its record.
+        rows: Its step rows.
+        target: Nats per token, or None.
+
+    Returns:
+        Metrics as `bill` gives them, FLOPs by the record's plan.
+    """
+    metrics, config = entry["metrics"], entry["config"]
+    flops = (entry.get("plan") or {}).get("flops_per_micro_batch")
+    per_token = sum(flops.values()) / (config["micro_batch"] * config["seq_len"]) if flops else None
+    tokens, spent_flops, seconds = (metrics.get(f"transform/{name}", 0.0) for name in ("tokens", "flops", "time_s"))
+    before = Cost(tokens, spent_flops, seconds * config["num_ranks"] / 3600)
+    return bill(rows, metrics, per_token, config["num_ranks"], target, before)

@@ -8,6 +8,7 @@ on.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,25 +29,31 @@ KINDS = {
     "cold": ("cold", False, 450, 110, 8e-3),
 }
 # start, text and steps of the regression: each a run of its own, with its own schedule
-REGRESSED = [("flat", "stories", 40), ("flat", "stories", 160), ("flat", "gsm8k", 160), ("fresh", "stories", 160)]
+REGRESSED = [
+    ("flat", "stories", 40),
+    ("flat", "stories", 80),
+    ("flat", "stories", 160),
+    ("flat", "gsm8k", 160),
+    ("fresh", "stories", 160),
+]
 TUNED_STEPS = 160  # of the flattened model, by full fine-tuning
 
 
 def locks(out: Path, data: Path) -> Iterator[LockConfig]:
-    """The locks: all couplings of the first seed, and the middle one of the others."""
-    for seed in SEEDS:
-        for kind, (start, harden, steps, heal, rate) in KINDS.items():
-            for coupling in COUPLINGS if seed == 0 else (0.25,):
-                name = f"{kind}-g{coupling}-s{seed}"
-                options = {
-                    "model": str(data / "models" / "stories260K"), "data": str(data / "tinystories" / "train.txt.gz"),
-                    "heldout": str(data / "tinystories" / "valid.txt.gz"), "document_separator": "<|endoftext|>",
-                    "seq_len": 256, "micro_batch": 16, "num_ranks": 1, "zero": 0, "form": "gated", "depth": 8,
-                    "start": start, "harden": harden, "coupling": coupling, "steps": steps, "heal_steps": heal,
-                    "lr": rate, "seed": seed, "checkpoint_every": 0, "tracking_uri": "none", "heldout_limit": 200,
-                    "out": str(out / "locks" / name),
-                }  # fmt: skip
-                yield resolve(LockConfig, options, choose_levers(catalogue.LOCK, options), name)
+    """The locks: every kind at every coupling with every seed; the first seed and the middle coupling come first."""
+    grid = sorted(itertools.product(SEEDS, KINDS, COUPLINGS), key=lambda at: at[0] > 0 and at[2] != COUPLINGS[1])
+    for seed, kind, coupling in grid:
+        start, harden, steps, heal, rate = KINDS[kind]
+        name = f"{kind}-g{coupling}-s{seed}"
+        options = {
+            "model": str(data / "models" / "stories260K"), "data": str(data / "tinystories" / "train.txt.gz"),
+            "heldout": str(data / "tinystories" / "valid.txt.gz"), "document_separator": "<|endoftext|>",
+            "seq_len": 256, "micro_batch": 16, "num_ranks": 1, "zero": 0, "form": "gated", "depth": 8,
+            "start": start, "harden": harden, "coupling": coupling, "steps": steps, "heal_steps": heal,
+            "lr": rate, "seed": seed, "checkpoint_every": 0, "tracking_uri": "none", "heldout_limit": 200,
+            "out": str(out / "locks" / name),
+        }  # fmt: skip
+        yield resolve(LockConfig, options, choose_levers(catalogue.LOCK, options), name)
 
 
 def attacks(out: Path, data: Path) -> Iterator[AttackConfig]:

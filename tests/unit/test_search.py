@@ -250,6 +250,13 @@ def test_a_searchs_id_is_that_of_both_sides_and_of_all_settings(llama_folder):
         assert id_of(changed) != id_of(points)
     assert id_of(space.space(config, (1e-5, 1e-2), (), (1.0,))) != id_of(points)
 
+    # Where the planner chooses the levers of each side, its cap is what both have in common.
+    chosen = [
+        dataclasses.replace(points, given=dataclasses.replace(config, **levers, lever_search={"cap": cap}))
+        for levers, cap in (({"zero": 1}, 2.0), ({"zero": 3, "tiles": 4}, 2.0), ({"zero": 1}, 4.0))
+    ]
+    assert id_of(chosen[0]) == id_of(chosen[1]) != id_of(chosen[2])
+
 
 def test_what_is_only_told_leaves_the_id_alone(llama_folder):
     config = given(model=str(llama_folder), data=__file__)

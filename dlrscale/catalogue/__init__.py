@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 
 from dlrscale.catalogue.axes import (
+    ADAM_RATE,
     CHECKPOINTING,
     DEFAULT_LEVERS,
     PARTS,
@@ -26,6 +27,7 @@ from dlrscale.catalogue.strategies import ROWS
 from dlrscale.errors import ConfigError
 
 __all__ = [
+    "ADAM_RATE",
     "AXES",
     "CHECKPOINTING",
     "DEFAULT_LEVERS",

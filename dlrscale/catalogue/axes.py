@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 
 from dlrscale.errors import ConfigError
@@ -118,6 +119,11 @@ def flag(name: str, value: object) -> str:
     return f"--{words} {value}"
 
 
+# Where learning rates of optimizers are looked for. A step of plain SGD is as long as the gradient.
+ADAM_RATES, SGD_RATES = (1e-5, 3e-2), (1e-3, 1.0)
+ADAM_RATE = 3e-3  # where none is given
+
+
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
     """One row of the catalogue, or a combination by hand of what several rows bring.
@@ -141,7 +147,7 @@ class Strategy:
     fixed: tuple[str, ...] = ()
     knobs: tuple[Knob, ...] = ()
     trains: Trains = Trains()
-    rates: tuple[float, float] = (1e-5, 3e-2)
+    rates: tuple[float, float] = ADAM_RATES
     exact: bool = True
     stages: tuple[int, ...] = (0, 1, 2, 3)
     why_not: str = ""
@@ -189,6 +195,15 @@ class Strategy:
         if faults:
             raise ConfigError(faults)
         return merged
+
+    def searched_rates(self, optimizer: str | None) -> tuple[float, float]:
+        """Where `--trials` looks for a peak learning rate with an optimizer."""
+        return SGD_RATES if optimizer == "SGD" and self.rates == ADAM_RATES else self.rates
+
+    def default_rate(self, optimizer: str | None) -> float:
+        """The peak learning rate where none is given: the middle of the rates, in powers of ten, or `ADAM_RATE`."""
+        low, high = self.searched_rates(optimizer)
+        return ADAM_RATE if (low, high) == ADAM_RATES else float(f"{math.sqrt(low * high):.0e}")
 
     def resolve_knobs(self, given: dict[str, str]) -> dict[str, float | str]:
         """The strategy's knobs, with those given by `--set`.

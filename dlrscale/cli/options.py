@@ -46,7 +46,11 @@ DATA_OPTIONS = options(
 )
 TRAIN_OPTIONS = options(
     click.option("--steps", type=int, default=300, show_default=True, help="Optimizer steps."),
-    click.option("--lr", type=float, help="Peak learning rate.  [default: the DeepSpeed file's, or 3e-3]"),
+    click.option(
+        "--lr",
+        type=float,
+        help="Peak learning rate.  [default: the DeepSpeed file's, or 3e-3; 3e-2 for SGD and lomo, 3e-5 for mezo]",
+    ),
     click.option("--warmup-steps", type=int, help="Steps of linear warm-up.  [default: 10]"),
 )
 STRATEGY_OPTIONS = options(

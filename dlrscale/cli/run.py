@@ -13,7 +13,7 @@ import click
 
 from dlrscale import catalogue, launcher, record
 from dlrscale import config as configuration
-from dlrscale.config import LockConfig, RunConfig
+from dlrscale.config import AttackConfig, LockConfig, RunConfig
 from dlrscale.errors import ConfigError, JobError, PlanError, describe
 from dlrscale.launcher import imports
 from dlrscale.launcher.ranks import Ranks
@@ -93,7 +93,13 @@ def resolve(kind: type, options_: dict[str, Any], levers: catalogue.Levers, defa
             f"--num-ranks {values['num_ranks']} and the {slots} slots of {values['hostfile']} differ. Give one of them."
         )
     values["num_ranks"] = values.get("num_ranks") or slots or engine.device_count()
-    values["lr"], values["warmup_steps"] = engine.resolve_rates(file, values.get("lr"), values.get("warmup_steps"))
+    default = catalogue.ADAM_RATE
+    if issubclass(kind, AttackConfig):
+        entry = catalogue.combined(values["strategy"], *(values.get(axis) for axis in catalogue.AXES))
+        default = entry.default_rate(levers.optimizer)
+    values["lr"], values["warmup_steps"] = engine.resolve_rates(
+        file, values.get("lr"), values.get("warmup_steps"), default
+    )
     values["micro_batch"], values["accumulation"] = engine.resolve_batch(
         file, values.get("micro_batch"), values.get("accumulation"), values["num_ranks"]
     )

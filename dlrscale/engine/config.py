@@ -174,13 +174,16 @@ def resolve_dtype(file: Mapping[str, Any], given: str | None) -> str:
     return given or decided or usual
 
 
-def resolve_rates(file: Mapping[str, Any], lr: float | None, warmup_steps: int | None) -> tuple[float, int]:
-    """Peak rate and warm-up of a run: the command's, else the DeepSpeed file's, else 3e-3 and 10.
+def resolve_rates(
+    file: Mapping[str, Any], lr: float | None, warmup_steps: int | None, default: float
+) -> tuple[float, int]:
+    """Peak rate and warm-up of a run: the command's, else the DeepSpeed file's, else the default rate and 10.
 
     Args:
         file: The DeepSpeed file's content; empty where there is none.
         lr: The value of `--lr`; None where it was not given.
         warmup_steps: The value of `--warmup-steps`; None where it was not given.
+        default: The rate where neither gives one.
 
     Returns:
         The peak learning rate and the steps of warm-up.
@@ -203,7 +206,7 @@ def resolve_rates(file: Mapping[str, Any], lr: float | None, warmup_steps: int |
                 )
     if faults:
         raise ConfigError(faults)
-    peak = lr if lr is not None else 3e-3 if held is None else held
+    peak = lr if lr is not None else default if held is None else held
     return float(peak), 10 if warmup_steps is None else warmup_steps
 
 

@@ -94,7 +94,7 @@ def undone(lock: Lock) -> list[str]:
         if row.axis("transform") in ("flatten", "undistil")
         for run in row.runs("locked")
         if _judged_as(run, own)
-        for point in _points(run)
+        for point in points(run)
     ]
     if not found:
         return []
@@ -116,8 +116,15 @@ def _judged_as(run: Run, lock: Run) -> bool:
     return same and all(mine.get(name) == theirs.get(name) for name in ("heldout_limit", "seq_len"))
 
 
-def _points(run: Run) -> list[tuple[float, float]]:
-    """FLOPs and loss on the base's own text: after the transform, and at each evaluation of the training after it."""
+def points(run: Run) -> list[tuple[float, float]]:
+    """FLOPs and loss on the base's own text: after the transform, and at each evaluation of the training after it.
+
+    Args:
+        run: An attack that transforms first, with the evaluations of `--heldout-base`.
+
+    Returns:
+        In the order of the run; FLOPs are those of the transform and the planned ones of the steps.
+    """
     before, start = run.metric("transform/flops"), run.metric("loss/heldout_base_start")
     if before is None or start is None:
         return []

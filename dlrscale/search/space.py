@@ -115,7 +115,8 @@ def space(
         The space: learning rate, warm-up, batch where there is a choice, and every knob of the strategy that has a
         range to search (`Knob.search`).
     """
-    ranges = [Range("lr", *(lr_range or config.entry.rates), log=True), Range("warmup_share", 0.0, WARMUP_SHARE)]
+    rates = lr_range or config.entry.searched_rates(config.optimizer)
+    ranges = [Range("lr", *rates, log=True), Range("warmup_share", 0.0, WARMUP_SHARE)]
     if len(factors) > 1:
         ranges.append(Range("batch", choices=factors))
     for knob in config.entry.knobs:

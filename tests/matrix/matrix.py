@@ -1,7 +1,7 @@
 """Every strategy on base and locked models, all forms, K = 8 and 64, on 1 and 2 ranks: gates, losses against `full`.
 
-`tox -e matrix` runs it; `--models embedded` needs no other data. Each job is a real attack of a few steps. Written are
-`matrix.jsonl` with one line per job, and `README.md` with the table and what failed.
+`tox -e matrix` runs it on the embedded model, `tox -e matrix -- --data DIR` on stories260K as well. Each job is a real
+attack of a few steps. Written are `matrix.jsonl` with one line per job, and `README.md` with the table and what failed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import campaign
 import forks
 
 from dlrscale import catalogue, record
@@ -24,31 +26,16 @@ from dlrscale.cli.run import resolve
 from dlrscale.config import LockConfig, RunConfig
 from dlrscale.errors import DlrscaleError
 
-ROOT = Path(__file__).resolve().parents[2]
 FORMS, DEPTHS, RANKS = ("gated", "plain", "prenorm"), (8, 64), (1, 2)
 TOLERANCE = 1e-4  # of a loss, relative to `full`'s at the same step, in fp32
 COMMON = {"seq_len": 64, "tracking_uri": "none", "checkpoint_every": 0, "heldout_limit": 4, "warmup_steps": 1}
 GLOBAL_BATCH = 4
-MODELS = {
-    "embedded": (
-        ROOT / "dlrscale" / "embedded_model",
-        {"data": "embedded:stdlib", "heldout": "embedded:stdlib-heldout"},
-    ),
-    "stories260K": (
-        ROOT.parent / "shared" / "data" / "models" / "stories260K",
-        {
-            "data": str(ROOT.parent / "shared" / "data" / "tinystories" / "train.txt.gz"),
-            "heldout": str(ROOT.parent / "shared" / "data" / "tinystories" / "valid.txt.gz"),
-            "document_separator": "<|endoftext|>",
-        },
-    ),
-}
+Models = dict[str, tuple[Path, dict[str, Any]]]  # folder and text of each
 
 
-def locks(out: Path, models: list[str]) -> Iterator[LockConfig]:
+def locks(out: Path, models: Models) -> Iterator[LockConfig]:
     """A short lock of each model, form and depth."""
-    for name in models:
-        folder, data = MODELS[name]
+    for name, (folder, data) in models.items():
         for form in FORMS:
             for depth in DEPTHS:
                 options = data | COMMON | {
@@ -61,17 +48,16 @@ def locks(out: Path, models: list[str]) -> Iterator[LockConfig]:
                 )
 
 
-def sides(out: Path, models: list[str]) -> Iterator[tuple[str, str, Path, dict]]:
+def sides(out: Path, models: Models) -> Iterator[tuple[str, str, Path, dict]]:
     """Each model that is attacked: the model's name, what it is, its folder and its data."""
-    for name in models:
-        folder, data = MODELS[name]
+    for name, (folder, data) in models.items():
         yield name, "base", folder, data
         for form in FORMS:
             for depth in DEPTHS:
                 yield name, f"{form}-{depth}", out / "locks" / f"{name}-{form}-{depth}" / "model", data
 
 
-def attacks(out: Path, models: list[str], ranks: int, names: list[str], refused: dict[str, str]) -> Iterator[RunConfig]:
+def attacks(out: Path, models: Models, ranks: int, names: list[str], refused: dict[str, str]) -> Iterator[RunConfig]:
     """A short attack of each strategy on each of them."""
     for model, side, folder, data in sides(out, models):
         for name in names:
@@ -177,20 +163,21 @@ def main() -> None:
     """Run what is asked for, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/matrix"))
-    parser.add_argument(
-        "--models", nargs="*", default=[name for name, (folder, _) in MODELS.items() if folder.is_dir()]
-    )
+    parser.add_argument("--data", type=Path, help="folder of stories260K and TinyStories (models/, tinystories/)")
+    parser.add_argument("--models", nargs="*", default=None, help="default: embedded, and stories260K where --data is")
     parser.add_argument("--ranks", nargs="*", type=int, default=list(RANKS))
     parser.add_argument("--strategies", nargs="*", default=list(catalogue.STRATEGIES))
     options = parser.parse_args()
     out, started = options.out.absolute(), time.monotonic()
+    known = campaign.models(options.data.absolute() if options.data else Path())
+    models = {name: known[name] for name in options.models or (known if options.data else ["embedded"])}
     forks.ready()
-    refused = forks.run_all(locks(out, options.models))
+    refused = forks.run_all(locks(out, models))
     rows: list[dict] = []
     for ranks in options.ranks:
         configs: list[RunConfig] = []
 
-        for config in attacks(out, options.models, ranks, options.strategies, refused):
+        for config in attacks(out, models, ranks, options.strategies, refused):
             configs.append(config)
         refused |= forks.run_all(configs)
         curves: dict[str, list[float]] = {}

@@ -186,3 +186,13 @@ def test_eight_bits_are_not_exact():
     assert not catalogue.is_exact(entry, "int8")
     assert catalogue.is_exact(entry, "device")
     assert not catalogue.is_exact(catalogue.strategy("mezo"), "device")
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "rate", "searched"),
+    [("lora", "AdamW", 3e-3, (1e-5, 3e-2)), ("lora", "SGD", 3e-2, (1e-3, 1.0)), ("lomo", "none", 3e-2, (1e-3, 1.0)),
+     ("mezo", "none", 3e-5, (1e-7, 1e-2))],
+)  # fmt: skip
+def test_rates_are_those_of_what_updates(name, optimizer, rate, searched):
+    entry = catalogue.strategy(name)
+    assert (entry.default_rate(optimizer), entry.searched_rates(optimizer)) == (rate, searched)

@@ -192,12 +192,13 @@ def test_torchs_adam_keeps_mode_and_parameters(write):
 def test_a_schedule_and_rates_given_by_hand(write):
     fixed = {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 9, "warmup_num_steps": 3}}}
     with pytest.raises(ConfigError) as error:
-        engine.resolve_rates(fixed, 0.1, 4)
+        engine.resolve_rates(fixed, 0.1, 4, 3e-3)
     assert len(error.value.faults) == 2
     assert all(part in str(error.value) for part in ("--lr 0.1", "--warmup-steps 4", "scheduler WarmupDecayLR"))
-    assert engine.resolve_rates(fixed, None, None) == (3e-3, 10)
-    assert engine.resolve_rates(HUGGING_FACE, 0.1, 4) == (0.1, 4)
-    assert engine.resolve_rates({"scheduler": {"type": "WarmupLR", "params": {}}}, 0.1, None) == (0.1, 10)
+    assert engine.resolve_rates(fixed, None, None, 3e-3) == (3e-3, 10)
+    assert engine.resolve_rates({}, None, None, 0.5) == (0.5, 10)
+    assert engine.resolve_rates(HUGGING_FACE, 0.1, 4, 3e-3) == (0.1, 4)
+    assert engine.resolve_rates({"scheduler": {"type": "WarmupLR", "params": {}}}, 0.1, None, 3e-3) == (0.1, 10)
 
 
 def test_precision_of_file_and_command(monkeypatch):

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dlrscale import distil, shapes, surgery
 from dlrscale.measure import Phases, SavedBytes
@@ -58,6 +59,19 @@ def test_saved_bytes_while_distilling_and_healing(make_model, lock_config, fake_
         visits = sum(plan.visit(layer).saved_bytes for layer in plan.shape.ranks) - mask * (len(plan.shape.ranks) - 1)
         assert saved(model, made.distil_step, fake_engine, step_batch) == visits, (dtype, harden)
         assert saved(model, made.heal_step, fake_engine, step_batch) == plan.heal_saved_bytes, (dtype, harden)
+
+
+@pytest.mark.parametrize(("family", "form"), CASES)
+def test_flops_of_both_stages_are_what_torch_counts(make_model, lock_config, fake_engine, step_batch, family, form):
+    for harden in (True, False):
+        model = make_model(family)
+        model.set_attn_implementation("eager")
+        made, plan = prepared(model, lock_config, form, torch.float32, harden)
+        batch = step_batch((torch.randint(3, 260, (ROWS, LENGTH)), [LENGTH] * ROWS))
+        for stage, step in (("distil", made.distil_step), ("heal", made.heal_step)):
+            with FlopCounterMode(display=False) as counter:
+                step(fake_engine(model), batch, Phases(torch.device("cpu")))
+            assert sum(plan.flops()[stage].values()) == counter.get_total_flops(), (stage, harden)
 
 
 def test_tensors_of_a_lock(make_llama, lock_config):

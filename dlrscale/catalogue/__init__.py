@@ -112,7 +112,8 @@ def combined(
         A strategy of that name whose knobs, fixed levers, exactness and stages are those of all its values.
 
     Raises:
-        ConfigError: If there is no such strategy, or no such value of an axis.
+        ConfigError: If there is no such strategy, or no such value of an axis, or the gradient method needs levers that
+            contradict the strategy's idea.
     """
     row = strategy(name)
     by_hand = {"transform": transform, "trainable": trainable, "gradient": gradient}
@@ -131,6 +132,14 @@ def combined(
         fixed = tuple(lever for lever in fixed if lever not in gone)
         row = replace(row, rates=Strategy.rates, stages=Strategy.stages, why_not="")
     if method is not None and method is not replaced:
+        clash = [
+            f"--gradient {method.gradient} needs {flag(lever, wanted)}, and the idea of the strategy {name} "
+            f"is {flag(lever, levers[lever])}. Take another --strategy, such as {method.name}."
+            for lever in method.fixed
+            if lever in fixed and (wanted := getattr(method.levers, lever)) != levers[lever]
+        ]
+        if clash:
+            raise ConfigError(clash)
         levers |= {lever: getattr(method.levers, lever) for lever in method.fixed}
         levers["zero"] = method.levers.zero if levers["zero"] is None else levers["zero"]
         fixed = tuple(dict.fromkeys((*fixed, *method.fixed)))

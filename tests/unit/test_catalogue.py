@@ -196,3 +196,9 @@ def test_eight_bits_are_not_exact():
 def test_rates_are_those_of_what_updates(name, optimizer, rate, searched):
     entry = catalogue.strategy(name)
     assert (entry.default_rate(optimizer), entry.searched_rates(optimizer)) == (rate, searched)
+
+
+@pytest.mark.parametrize(("name", "lever"), [("act-int8", "--activation-storage int8"), ("ckpt-layer", "layer")])
+def test_a_method_that_contradicts_the_strategys_idea_is_refused(name, lever):
+    with pytest.raises(ConfigError, match=f"--gradient mezo needs .*{lever}.* such as mezo"):
+        catalogue.combined(name, gradient="mezo")

@@ -20,7 +20,7 @@ Spent = tuple[Row, Mapping[Any, float]]  # a row with its FLOPs by seed
 def cheapest(counted: Sequence[Row]) -> tuple[bool | None, list[str]]:
     """Whether some attack brings the locked model to the base's best, and at which cost.
 
-    The target is the base's best mean loss over the rows that count, and `MARGIN_NATS`.
+    The target is `MARGIN_NATS` above what the base's best row of those that count gets to with every seed.
 
     Args:
         counted: The rows of one lock and task that count.
@@ -31,7 +31,7 @@ def cheapest(counted: Sequence[Row]) -> tuple[bool | None, list[str]]:
     """
     if not counted:
         return None, []
-    target = min(mean_loss(row, "base") for row in counted) + MARGIN_NATS
+    target = min(max(row.losses("base")) for row in counted) + MARGIN_NATS
     goal = f"target {loss(target)} (the base's best {MARGIN_NATS:+.2f})"
     there, bases = (_reached(counted, side, target) for side in ("locked", "base"))
     if not there:

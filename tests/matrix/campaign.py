@@ -31,7 +31,7 @@ from dlrscale.errors import DlrscaleError
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "dlrscale" / "embedded_model"
 SEEDS = (0, 1, 2)  # of locks, and of attacks
-TRIALS, STEPS, MARGIN = 3, 24, 0.05
+TRIALS, STEPS, MARGIN = 3, 24, 0.2
 RECORDS, HELDOUT = 1000, 200  # of a task, from its start: an attack sees fewer
 COMMON = {"num_ranks": 1, "tracking_uri": "none", "checkpoint_every": 0}
 # Where a search starts and how far it goes: the middle of what is usual for models of this size, in powers of ten.

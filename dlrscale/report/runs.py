@@ -59,11 +59,13 @@ class Run:
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
     def peak(self, where: str) -> float | None:
-        """Largest memory of the run in bytes, on the accelerator or the host."""
+        """Largest memory of the run in bytes, on the accelerator or the host: of its training, and of its transform."""
         metric, key = PEAKS[where]
-        phases = (self.record.get("phases") or {}).values()
-        found = [phase.get(key) for phase in phases if isinstance(phase, dict)]
-        return self.metric(metric) or max((float(p) for p in found if p), default=None)
+        phases = {name: p for name, p in (self.record.get("phases") or {}).items() if isinstance(p, dict)}
+        training = self.metric(metric)
+        counted = phases if training is None else {name: p for name, p in phases.items() if name == "transform"}
+        found = [float(p[key]) for p in counted.values() if p.get(key)]
+        return max([*found, *([training] if training is not None else [])], default=None)
 
     @property
     def ok(self) -> bool:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from dlrscale.report.page import MISSING, Table
 from dlrscale.report.rows import MIN_SEEDS, TASK, rows
-from dlrscale.report.runs import Lock, Pair, Run, divide
-from dlrscale.report.tables import SIDES, count, loss, significant, text
+from dlrscale.report.runs import PEAKS, Lock, Pair, Run, divide
+from dlrscale.report.tables import SIDES, count, loss, seconds, significant, size, text
 
 SPENT = (("tokens", "tokens"), ("FLOPs", "flops"), ("device-hours", "device_hours"))
 
@@ -19,6 +19,8 @@ def blocks(lock: Lock) -> list[Table]:
     found = []
     if any(len(row.pairs) > 1 for row in rows(lock)):
         found.append(means(lock))
+    if any(pair.locked and pair.locked.metric("transform/tokens") is not None for pair in lock.pairs):
+        found.append(transforms(lock))
     if any(run.metric("target/loss") is not None for pair in lock.pairs for run in _runs(pair)):
         found.append(targets(lock))
     if any(run.gates for pair in lock.pairs for run in _runs(pair)):
@@ -62,6 +64,30 @@ def means(lock: Lock) -> Table:
     ]
     note = "Mean ± sample standard deviation over seeds; differences and ratios are taken seed by seed."
     return Table("Over seeds", groups, cells, note)
+
+
+def transforms(lock: Lock) -> Table:
+    """What each transform of the locked model took, before the training whose costs stand in the other tables."""
+    found = []
+    for pair in lock.pairs:
+        run = pair.locked
+        if run is None or run.metric("transform/tokens") is None:
+            continue
+        phase, (metric, key) = (run.record.get("phases") or {}).get("transform") or {}, PEAKS[pair.where]
+        spent = [run.metric(f"transform/{name}") for name in ("tokens", "flops", "time_s")]
+        shown = [show(value) for show, value in zip((count, _amount, seconds), spent, strict=True)]
+        found.append([pair.label, pair.where, *shown, size(phase.get(key)), size(run.metric(metric))])
+    groups = [
+        ("", ["strategy", "peak measured on"]),
+        ("", ["tokens", "FLOPs", "time"]),
+        ("peak", ["transform", "training"]),
+    ]
+    note = "FLOPs: over all ranks. The attacker needs the larger peak, which is the one in the other tables."
+    return Table("Transforms", groups, found, note)
+
+
+def _amount(value: float | None) -> str:
+    return MISSING if value is None else amount(value)
 
 
 def targets(lock: Lock) -> Table:

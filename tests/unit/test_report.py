@@ -515,6 +515,16 @@ def test_undoing_is_told_as_a_part_of_what_the_lock_cost(tmp_path, start, told):
     assert "undone" not in report.claims([(tmp_path, lock), (tmp_path, run)])[3].text
 
 
+def test_the_transform_is_on_the_bill():
+    spent = {"transform/tokens": 4096, "transform/flops": 2.5e12, "transform/time_s": 12.5}
+    run = attack("locked", "flatten", LOCK_ID, metrics=spent)
+    run["phases"]["transform"] = {"seconds": 12.5, "host_peak_rss_bytes": 2 * 2**30}
+    (lock,) = report_runs.group(report._runs([run, attack("locked", "full", LOCK_ID)]))
+    (row,) = seeds.transforms(lock).rows
+    assert row == ["flatten", "host RSS", "4,096", "2.5e+12", "12.5 s", "2.00 GiB", "1.50 GiB"]
+    assert [pair.peaks()[1] for pair in lock.pairs] == [1.5 * 2**30, 2 * 2**30]  # the larger of both is needed
+
+
 def test_claims_say_how_the_settings_were_found():
     assert "3 seeds, tuned in 4 trials on each side." in report.claims(tuned())[2].text
     assert "untuned learning rate" in report.claims(family())[2].text

@@ -9,6 +9,7 @@ cost, in FLOPs.
 from __future__ import annotations
 
 import argparse
+import gzip
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,13 +61,20 @@ def locks(out: Path, data: Path) -> Iterator[LockConfig]:
 
 def attacks(out: Path, data: Path) -> Iterator[AttackConfig]:
     """Each finished lock regressed on an ordinary MLP, and flattened and fine-tuned."""
+    few = {}
+    for file in (data / "tinystories" / "valid.txt.gz", data / "gsm8k" / "test.jsonl.gz"):
+        suffix = file.name.split(".")[1]
+        few[suffix] = str(out / "data" / f"few.{suffix}")
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            record.write_atomic(Path(few[suffix]), "".join(itertools.islice(lines, 40)))
     for lock in locks(out, data):
         if not (Path(lock.out) / "model").is_dir():
             continue
-        stories = {"data": lock.data, "heldout": lock.heldout, "document_separator": "<|endoftext|>"}
+        # What counts is the loss on the base's own text: of the text that is trained on little is held out.
+        stories = {"data": lock.data, "heldout": few["txt"], "document_separator": "<|endoftext|>"}
         task = {
             "data": str(data / "gsm8k" / "train.jsonl.gz"), "columns": "prompt=question,completion=answer",
-            "heldout": str(data / "gsm8k" / "test.jsonl.gz"), "document_separator": "<|endoftext|>",
+            "heldout": few["jsonl"], "document_separator": "<|endoftext|>",
         }  # fmt: skip
         common = {
             "model": f"{lock.out}/model", "heldout_base": lock.heldout, "heldout_limit": 200, "seq_len": 256,

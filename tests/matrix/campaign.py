@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import gzip
 import itertools
+import json
 import multiprocessing
 import os
 import shlex
@@ -135,8 +136,38 @@ def shown(strategy: str, base: str, knobs: tuple[str, ...], options: dict[str, A
     for name, value in options.items():
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
-    short = ["/".join(Path(word).parts[-2:]) if word.startswith("/") else word for word in words]
-    return shlex.join([*short, *(word for knob in knobs for word in ("--set", knob))])
+    return shlex.join([*shortened(words), *(word for knob in knobs for word in ("--set", knob))])
+
+
+KEPT = ("step", "phase", "tokens", "processed_tokens", "time/step_s", "time/data_s")  # of a step, besides its losses
+
+
+def publish(out: Path, place: Path) -> None:
+    """Copy what a report needs: the newest record and the steps of every run but trials, and the searches.
+
+    Places become their last two names. A report of the copy is that of the runs.
+    """
+    for file in sorted(out.rglob(record.RECORDS_FILE)):
+        if "trials" in file.parts:
+            continue
+        to = place / file.parent.relative_to(out)
+        newest = shortened(list(record.read_lines(file))[-1])
+        record.write_atomic(to / file.name, record.dumps(newest) + "\n")
+        steps = file.with_name(record.STEPS_FILE)
+        rows = [{k: v for k, v in r.items() if k in KEPT or k.startswith("loss/")} for r in record.read_lines(steps)]
+        record.write_atomic(to / steps.name, "".join(record.dumps(row) + "\n" for row in rows))
+    for file in sorted(out.rglob("search.json")):
+        text = record.dumps(shortened(json.loads(file.read_text(encoding="utf-8"))), indent=1)
+        record.write_atomic(place / file.relative_to(out), text + "\n")
+
+
+def shortened(value: Any) -> Any:
+    """A value in which absolute places are their last two names."""
+    if isinstance(value, dict):
+        return {k: shortened(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [shortened(v) for v in value]
+    return "/".join(Path(value).parts[-2:]) if isinstance(value, str) and value.startswith("/") else value
 
 
 def forked(config: RunConfig, poll: Callable[[], object] = lambda: None) -> int:
@@ -149,13 +180,17 @@ def main() -> None:
     """Lock, attack."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/campaign"))
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--models", nargs="*", default=["stories260K", "embedded"])
     parser.add_argument("--tasks", nargs="*", default=["gsm8k", "style"])
     parser.add_argument("--rows", nargs="*", default=[label for label, _, _ in rows()])
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), help="of the locks")
     parser.add_argument("--cores", type=int, default=forks.CORES)
+    parser.add_argument("--publish", type=Path, help="copy what a report needs to a folder, and run nothing")
     options = parser.parse_args()
+    if options.publish:
+        publish(options.out.absolute(), options.publish)
+        return
     out, data = options.out.absolute(), options.data.absolute()
     forks.ready()
     refused = forks.run_all(locks(out, data, options.models, options.seeds), options.cores)

@@ -111,7 +111,7 @@ class LockConfig(RunConfig):
 
     @property
     def heal_harden_weight(self) -> float:
-        """Weight of the hardening while healing: a tenth of that while distilling (design: 0.03 and 0.003)."""
+        """Weight of the hardening while healing: a tenth of that while distilling."""
         return self.harden_weight / 10
 
     def faults(self) -> list[str]:
@@ -137,8 +137,23 @@ class LockConfig(RunConfig):
 CHOSEN_KEYS = frozenset({
     "axes", "knobs", "gradient", "zero", "offload_optimizer", "offload_param", "activation_checkpointing",
     "activation_storage", "tiles", "optimizer_groups", "optimizer_class", "master_dtype", "deepspeed_layout",
-    "deepspeed_config",
 })  # fmt: skip
+
+
+def not_chosen(lever_search: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
+    """What two attacks have in common whose levers the planner has chosen, in the place of `CHOSEN_KEYS`.
+
+    Args:
+        lever_search: What was found (`AttackConfig.lever_search`).
+        axes: The resolved axes.
+
+    Returns:
+        The cap, the levers given by hand, transform, trainable set, and the knobs that are no gradient method's.
+    """
+    own = {knob.name for name in ("reverse",) for knob in catalogue.strategy(name).knobs}
+    knobs = {k: v for k, v in (axes.get("knobs") or {}).items() if k not in own}
+    kept = {"cap": lever_search.get("cap"), "given": lever_search.get("given"), "knobs": knobs}
+    return kept | {axis: axes.get(axis) for axis in ("transform", "trainable")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,5 +96,7 @@ def with_best_levers(
     given, method = given_levers(options_), options_.get("gradient")
     found = search(plan, values, entry, given, method, config.knobs, configure, hardware)
     winner = found.winner
-    own = own | {"gradient": winner.gradient, "knobs": dict(winner.knobs), "lever_search": found.values()}
+    by_hand = {k: v for k, v in (dataclasses.asdict(given) | {"gradient": method}).items() if v is not None}
+    own = own | {"gradient": winner.gradient, "knobs": dict(winner.knobs)}
+    own |= {"lever_search": found.values() | {"given": by_hand}}
     return resolve(type(config), own, winner.levers, config.name)

@@ -38,7 +38,7 @@ TRANSFORMED = "transformed"
 
 
 def attack(run_: Run) -> None:
-    """Fine-tune one model by one strategy and measure what it cost (design: attacking)."""
+    """Fine-tune one model by one strategy and measure what it cost."""
     config: AttackConfig = run_.config
     run_.gates |= search.gates(config, "locked" if folders.read_manifest(config.model) else "base")
     with run_.phases.phase("load"):

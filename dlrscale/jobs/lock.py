@@ -9,12 +9,12 @@ from dlrscale import data, distil, export, folders, models, record, search, shap
 from dlrscale.config import LockConfig
 from dlrscale.engine import Engine
 from dlrscale.jobs import forecast
-from dlrscale.jobs.common import MODEL_FOLDER, Run, evaluator, load_corpora, make_batches
+from dlrscale.jobs.common import MODEL_FOLDER, Corpora, Run, evaluator, load_corpora, make_batches
 from dlrscale.train import Loop, Stage
 
 
 def lock(run_: Run) -> None:
-    """Distil, heal, evaluate and export a locked model (design: locking)."""
+    """Distil, heal, evaluate and export a locked model."""
     config: LockConfig = run_.config
     with run_.phases.phase("load"):
         tokenizer = models.load_tokenizer(config.model)
@@ -72,7 +72,7 @@ def lock(run_: Run) -> None:
         "params/ratio": shapes.param_ratio(config.form, shape, ranks),
     }
     run_.metrics["tokens/heal"] = run_.metrics["tokens/total"] - run_.metrics["tokens/distil"]
-    run_.metrics |= cost(run_, loop.rows)
+    run_.metrics |= cost(run_, loop.rows, corpora)
     with run_.phases.phase("save"):
         nets = distiller.weights(ds)
         if ds.rank == 0:
@@ -82,14 +82,20 @@ def lock(run_: Run) -> None:
         ds.barrier()
 
 
-def cost(run_: Run, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What the lock has cost its maker, evaluations apart: `cost/tokens`, planned `cost/flops`, `cost/device_hours`."""
+def cost(run_: Run, rows: list[dict[str, Any]], corpora: Corpora) -> dict[str, float]:
+    """What the lock has cost its maker, evaluations apart: `cost/tokens`, planned `cost/flops`, `cost/device_hours`.
+
+    Each rank calibrates for itself, by forward passes of the teacher; their time is not in the hours.
+    """
     config: LockConfig = run_.config
     planned = forecast.forecast(config, run_.ds_config).flops()
     per_token = {stage: sum(f.values()) / (config.micro_batch * config.seq_len) for stage, f in planned.items()}
-    flops = sum(row["processed_tokens"] * per_token[row["phase"]] for row in rows)
+    per_pass = planned["distil"]["teacher"] / (config.micro_batch * config.seq_len)
+    calibration = sum(int(batch["attention_mask"].sum()) for batch in data.calibration(corpora.train))
+    flops = calibration * config.num_ranks * per_pass
+    flops += sum(row["processed_tokens"] * per_token[row["phase"]] for row in rows)
     seconds = sum(row["time/step_s"] + row["time/data_s"] for row in rows)
-    return search.Cost(rows[-1]["tokens"], flops, seconds * config.num_ranks / 3600).metrics("cost")
+    return search.Cost(rows[-1]["tokens"] + calibration, flops, seconds * config.num_ranks / 3600).metrics("cost")
 
 
 def lock_manifest(

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 from dlrscale.report import costs
 from dlrscale.report.costs import MARGIN_NATS, SAVED
-from dlrscale.report.rows import MIN_SEEDS, Interval, Row, mean_loss, rows
-from dlrscale.report.runs import HOST, Lock, Pair, Run, divide
+from dlrscale.report.rows import MIN_SEEDS, TASK, Interval, Row, differences, mean_loss, rows
+from dlrscale.report.runs import FOUND_KEYS, HOST, Lock, Pair, Run, divide
 from dlrscale.report.tables import loss, significant, size
 
 STANDS, FALLS, OPEN = "stands", "falls", "not decided"
 SAVED_MLP = "memory/saved_mlp_bytes_per_token"
 TIME_MARGIN = 0.10  # a time asymmetry within this of 1 is noise
 KEPT_NATS = 0.05  # our limit for C5: so many nats per token above the base model still count as kept
-SHOWN = 8  # rows that a claim names in full
+ON_ACCELERATOR, ON_CPU = "on the accelerator", "on the CPU"
 
 
 @dataclass(frozen=True)
@@ -54,38 +54,44 @@ def judge(locks: Sequence[Lock]) -> list[Claim]:
 
 
 def _real(lock: Lock) -> list[Row]:
-    """A lock's rows with both sides, without those that a gate has found not to be what they claim."""
-    return [row for row in rows(lock) if row.is_real and any(p.base and p.locked for p in row.pairs)]
+    """A lock's rows with both sides whose axes are told, without those that a gate found not to be what they claim."""
+    found = [row for row in rows(lock) if row.is_real and row.axis("transform") is not None]
+    return [row for row in found if any(pair.base and pair.locked for pair in row.pairs)]
 
 
 def _left_out(lock: Lock) -> list[str]:
-    """A line on the rows that are left out because a gate says that they are not what they claim."""
-    names = [row.name for row in rows(lock) if not row.is_real]
-    return [f"{lock.short}: left out, a gate fails: {'; '.join(names)}."] if names else []
+    """A line on the rows that are left out of all claims."""
+    failed = [row.name for row in rows(lock) if not row.is_real]
+    untold = [row.name for row in rows(lock) if row.is_real and row.axis("transform") is None]
+    lines = [f"{lock.short}: left out, a gate fails: {'; '.join(failed)}."] if failed else []
+    return lines + ([f"{lock.short}: left out, no axes in the records: {'; '.join(untold)}."] if untold else [])
+
+
+def by_depth(locks: Sequence[Lock]) -> list[list[tuple[float, Pair, Lock]]]:
+    """Plain autograd on locks that differ in depth and seed alone, two depths or more, by depth."""
+    groups: dict[str, list[tuple[float, Pair, Lock]]] = {}
+    for lock in locks:
+        facts, depth = lock.manifest, lock.manifest.get("depth")
+        made = {name: facts.get(name) for name in ("form", "coupling", "start", "harden", "layers", "rank")}
+        for pair in (pair for row in rows(lock) if row.plain and row.is_real for pair in row.pairs):
+            value = pair.locked.metric(SAVED_MLP) if pair.locked else None
+            if pair.locked and isinstance(depth, (int, float)) and value:
+                key = json.dumps([made, lock.base_digest, pair.locked.key], default=str)
+                groups.setdefault(key, []).append((float(depth), pair, lock))
+    return [sorted(g, key=lambda p: p[0]) for g in groups.values() if len({p[0] for p in g}) > 1]
 
 
 def slopes(locks: Sequence[Lock]) -> list[Slope]:
-    """Saved bytes against depth under plain autograd, for each form and base locked at two depths or more."""
-    groups: dict[str, dict[float, float]] = {}
-    for lock in locks:
-        depth = lock.manifest.get("depth")
-        if not isinstance(depth, (int, float)):
-            continue
-        for pair in (pair for row in rows(lock) if row.plain and row.is_real for pair in row.pairs):
-            run = pair.locked
-            value = run.metric(SAVED_MLP) if run else None
-            if run is not None and value is not None:
-                key = json.dumps([lock.manifest.get("form"), lock.base_digest, run.key])
-                groups.setdefault(key, {}).setdefault(float(depth), value)
-    found = []
-    for points in groups.values():
-        if len(points) >= 2:
-            depths, values = zip(*sorted(points.items()), strict=True)
-            line = statistics.linear_regression(depths, values)
-            fitted = [line.intercept + line.slope * k for k in depths]
-            off = max(abs(v - f) / v if v else 0.0 for v, f in zip(values, fitted, strict=True))
-            found.append(Slope(depths, values, line.slope, off))
-    return found
+    """Saved bytes against depth under plain autograd (`by_depth`), with the fitted line; each line once."""
+    found = {}
+    for group in by_depth(locks):
+        points = {depth: pair.locked.metric(SAVED_MLP) for depth, pair, _ in group if pair.locked}
+        depths, values = zip(*sorted(points.items()), strict=True)
+        line = statistics.linear_regression(depths, values)
+        fitted = [line.intercept + line.slope * k for k in depths]
+        off = max(abs(v - f) / v if v else 0.0 for v, f in zip(values, fitted, strict=True))
+        found.setdefault((depths, values), Slope(depths, values, line.slope, off))
+    return list(found.values())
 
 
 def _together(verdicts: Sequence[str]) -> str:
@@ -130,12 +136,17 @@ def _memory(locks: Sequence[Lock]) -> Claim:
 
 def _one_each(pairs: Sequence[Pair]) -> list[Pair]:
     """One pair for each setting: what is told of it depends on no seed."""
-    return list({pair.setting: pair for pair in reversed(pairs)}.values())[::-1]
+    found: dict[str, Pair] = {}
+    for pair in pairs:
+        found.setdefault(pair.any.settings_key, pair)
+    return list(found.values())
 
 
 def _left_by_checkpointing(lock: Lock, full: Pair) -> str:
     """What layer checkpointing leaves of the lock's extra memory, and what it costs."""
-    found = [pair for row in _real(lock) if row.checkpointed and row.task == full.task for pair in row.pairs]
+    found = [
+        pair for row in _real(lock) if row.checkpointed and row.pairs[0].task_key == full.task_key for pair in row.pairs
+    ]
     pair = next((p for p in found if p.base and p.locked), None)
     if pair is None:
         return "ckpt-layer was not run on both sides, so what it leaves is not known"
@@ -161,76 +172,90 @@ def _step_time(run: Run | None) -> float | None:
 
 
 def _backward(locks: Sequence[Lock]) -> Claim:
-    """C2: by the ratio of ratios, locked against base, backward against forward."""
+    """C2: by the ratio of ratios, locked against base, backward against forward, of plain rows where there are any."""
     verdicts, lines = [], []
     for lock in locks:
-        figures = []
-        for row in (row for row in _real(lock) if row.in_place):
-            ended = [p for p in row.pairs if p.base and p.locked and p.base.ok and p.locked.ok]
-            ratios = [(p.ratio("time/forward_s"), p.ratio("time/backward_s")) for p in ended]
-            known = [(f, b) for f, b in ratios if f and b is not None]
-            if known:
-                forward, backward = (statistics.fmean(values) for values in zip(*known, strict=True))
-                asymmetry = statistics.fmean(b / f for f, b in known)
-                told = f"forward {significant(forward)}x, backward {significant(backward)}x"
-                figures.append((row, asymmetry, f"{row.name} {significant(asymmetry)} ({told})"))
+        figures = [f for row in _real(lock) if row.in_place and (f := _asymmetry(row))]
         if not figures:
             lines.append(f"{lock.short}: no attack with forward and backward times on both sides; not decided.")
             continue
-        where = "on the CPU" if figures[0][0].pairs[0].where == HOST else "on the accelerator"
-        lines.append(f"{lock.short}: backward / forward, {where}: {'; '.join(f[2] for f in figures)}.")
-        plain = [f for f in figures if f[0].plain] or figures
-        signs = {0 if abs(a - 1) <= TIME_MARGIN else (1 if a > 1 else -1) for _, a, _ in plain}
-        decided = len(signs) == 1 and where == "on the accelerator"
-        verdicts.append({1: STANDS, -1: FALLS, 0: OPEN}[signs.pop()] if decided else OPEN)
+        for where in dict.fromkeys(place for _, place, _, _ in figures):
+            told = "; ".join(words for _, place, _, words in figures if place == where)
+            lines.append(f"{lock.short}: backward / forward, {where}: {told}.")
+        proven = [(row, known) for row, where, known, _ in figures if where == ON_ACCELERATOR and row.is_proven]
+        plain = [known for row, known in proven if row.plain] or [known for _, known in proven]
+        found = {STANDS if i.low > 1 + TIME_MARGIN else FALLS if i.high < 1 - TIME_MARGIN else OPEN for i in plain}
+        verdicts.append(found.pop() if len(found) == 1 else OPEN)
     if verdicts:
         lines.append(
-            f"Means over seeds; a figure within {TIME_MARGIN:.0%} of 1 decides nothing, nor does any on a CPU."
+            f"Means over seeds. Three seeds whose interval lies {TIME_MARGIN:.0%} or more off 1 decide, on an "
+            "accelerator; nothing does on a CPU."
         )
     return _claim("C2", "backward: the backward pass is slowed more than the forward pass", verdicts, lines)
 
 
-def _by_task(found: Sequence[Row]) -> dict[str, list[Row]]:
+def _asymmetry(row: Row) -> tuple[Row, str, Interval, str] | None:
+    """Backward ratio / forward ratio: where it was timed, its interval over seeds, and the figures in words."""
+    ended = [p for p in row.pairs if p.base and p.locked and p.base.ok and p.locked.ok]
+    ratios = [(p.ratio("time/forward_s"), p.ratio("time/backward_s")) for p in ended]
+    known = [(f, b) for f, b in ratios if f and b is not None]
+    if not known:
+        return None
+    forward, backward = (significant(statistics.fmean(values)) for values in zip(*known, strict=True))
+    interval = Interval.of([b / f for f, b in known])
+    where = ON_CPU if any(p.where == HOST for p in ended) else ON_ACCELERATOR
+    words = f"{row.name} {significant(interval.mean)} (forward {forward}x, backward {backward}x)"
+    return row, where, interval, words
+
+
+def _by_task(found: Sequence[Row]) -> list[list[Row]]:
+    """Rows whose losses can be compared, together."""
     tasks: dict[str, list[Row]] = {}
     for row in found:
-        tasks.setdefault(row.task, []).append(row)
-    return tasks
+        tasks.setdefault(row.pairs[0].task_key, []).append(row)
+    return list(tasks.values())
 
 
 def _optimisation(locks: Sequence[Lock]) -> Claim:
-    """C3: by the attacker that does best on the locked architecture, of those that count: its loss above the base's."""
+    """C3: the attacker's best on the locked architecture above the best on the base, of the rows that count."""
     verdicts, lines = [], []
     for lock in locks:
-        for task, found in _by_task([row for row in _real(lock) if row.in_place and row.gaps]).items():
-            counted = sorted((row for row in found if not row.faults), key=lambda row: mean_loss(row, "locked"))
-            others = [row for row in found if row.faults]
-            where = f"{lock.short}, {task}"
+        for found in _by_task([row for row in _real(lock) if row.in_place and row.gaps]):
+            counted, others = [row for row in found if not row.faults], [row for row in found if row.faults]
+            where = f"{lock.short}, {found[0].task}"
             if counted:
-                best = counted[0]
-                gap = Interval.of(best.gaps)
-                both = " and ".join(loss(mean_loss(best, side)) for side in ("base", "locked"))
+                base, locked = (min(counted, key=lambda row: mean_loss(row, side)) for side in ("base", "locked"))
+                gap = Interval.of(differences(locked.losses("locked"), base.losses("base")))
                 lines.append(
-                    f"{where}: the best of {len(counted)} rows that count is {best.name}: locked - base {gap} nats "
-                    f"({both}), against a limit of {MARGIN_NATS:+.2f}; then {_gaps(counted[1:SHOWN]) or 'none'}."
+                    f"{where}: the best of {len(counted)} rows that count is {locked.name} on the locked model "
+                    f"({loss(mean_loss(locked, 'locked'))}) and {base.name} on the base "
+                    f"({loss(mean_loss(base, 'base'))}): {gap} nats, against a limit of {MARGIN_NATS:+.2f}."
                 )
+                lines.append(f"{where}: locked - base of each row that counts: {_gaps(counted)}.")
                 verdicts.append(STANDS if gap.low > MARGIN_NATS else FALLS if gap.high <= MARGIN_NATS else OPEN)
             else:
                 verdicts.append(OPEN)
             if others:
-                lines.append(f"{where}: do not count, locked - base: {_gaps(others[:SHOWN])}{_more(others)}.")
+                lines.append(f"{where}: locked - base of rows that do not count: {_gaps(others)}.")
     if lines:
-        lines.append(f"{_seeds(locks)}, {_tuning(locks)}. Intervals: paired by seed, Student's t, 95 %.")
+        lines.append(
+            f"{_seeds(locks)}, {_tuning(locks)}. Intervals: paired by seed, Student's t, 95 %; nothing makes up for "
+            "the choice of the best row by the same seeds, on either side."
+        )
     else:
         lines.append("No attack with a held-out task loss on both sides.")
     return _claim("C3", "optimisation: standard fine-tuning is made harder", verdicts, lines)
 
 
 def _gaps(found: Sequence[Row]) -> str:
-    return "; ".join(f"{row.name} {Interval.of(row.gaps)}" for row in found)
+    """The differences of some rows, the lowest locked loss first; how many seeds did not end ok."""
+    ordered = sorted(found, key=lambda row: mean_loss(row, "locked"))
+    return "; ".join(f"{row.name} {Interval.of(row.gaps)}{_lost(row)}" for row in ordered)
 
 
-def _more(found: Sequence[Row]) -> str:
-    return f"; {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+def _lost(row: Row) -> str:
+    ends = [str(run.outcome) for side in ("base", "locked") for run in row.runs(side) if not run.ok]
+    return f" ({', '.join(f'{ends.count(end)} {end}' for end in dict.fromkeys(ends))})" if ends else ""
 
 
 def _seeds(locks: Sequence[Lock]) -> str:
@@ -251,34 +276,32 @@ def _tuning(locks: Sequence[Lock]) -> str:
 
 def _adaptive(locks: Sequence[Lock]) -> Claim:
     """C4: by the cheapest attack that brings the locked model to what the base reaches, its transform paid for."""
-    verdicts, lines, untested = [], [], True
+    verdicts, lines = [], []
     for lock in locks:
-        undone = costs.undone(lock)
-        lines += _flat(lock) + undone
-        changed = [row for row in rows(lock) if not row.in_place and row.runs("locked")]
-        untested = untested and not changed and not undone
+        lines += _flat(lock) + costs.undone(lock)
+        needed = ("undistil",) if lock.manifest.get("form") == "prenorm" else ("flatten", "undistil")
         outcomes = []
-        for task, found in _by_task([row for row in _real(lock) if row.gaps]).items():
-            reached, told = costs.cheapest([row for row in found if not row.faults])
+        for found in _by_task([row for row in _real(lock) if row.gaps]):
+            reached, told = costs.cheapest([row for row in found if not row.faults], needed)
             outcomes.append(reached)
-            lines += [f"{lock.short}, {task}: {line}" for line in told]
+            lines += [f"{lock.short}, {found[0].task}: {line}" for line in told]
         if outcomes:  # one task is enough to fall
             verdicts.append(FALLS if True in outcomes else OPEN if None in outcomes else STANDS)
+        changed = [row for row in rows(lock) if row.transforms and row.is_real and row.runs("locked")]
         for row in changed:
             if row.faults:
                 ends = ", ".join(dict.fromkeys(str(run.outcome) for run in row.runs("locked")))
                 lines.append(f"{lock.short}, {row.name} ({ends}): {_ended(row)}; does not count.")
-    if untested and not lines:
-        lines.append("No attack that knows the lock, such as flatten, among these records.")
-    else:
-        lines.append(f"{_seeds(locks)}, {_tuning(locks)}. FLOPs are planned, with those of the transform.")
+        if not changed:
+            lines.append(f"{lock.short}: no attack that changes the locked model first, such as flatten or undistil.")
+    lines.append(f"{_seeds(locks)}, {_tuning(locks)}. FLOPs are planned, with those of the transform.")
     return _claim("C4", "adaptive: it withstands attackers who know the lock", verdicts, lines)
 
 
 def _ended(row: Row) -> str:
     run = row.runs("locked")[0]
-    before, after = (run.metric(f"loss/heldout_task{k}") for k in ("_start", ""))
-    base = next((value for other in row.runs("base") if (value := other.metric("loss/heldout_task")) is not None), None)
+    before, after = (run.metric(f"{TASK}{k}") for k in ("_start", ""))
+    base = next((value for other in row.runs("base") if (value := other.metric(TASK)) is not None), None)
     also = f"; the same on the base model {loss(base)}" if base is not None else ""
     return f"task loss {loss(before)} after the transform, {loss(after)} after training{also}"
 
@@ -301,7 +324,8 @@ def _capability(locks: Sequence[Lock]) -> Claim:
             lines.append(f"{lock.short}: no lock run with held-out losses; not decided.")
             continue
         lines.append(f"{lock.short}: {loss(base)} before, {loss(locked)} locked: {locked - base:+.3f} nats per token.")
-        same = {k: v for k, v in run.settings.items() if k not in ("seed", "out", "name", "command", "tracking_uri")}
+        own = FOUND_KEYS | {"seed", "out", "name", "command", "tracking_uri"}
+        same = {k: v for k, v in run.settings.items() if k not in own}
         key = json.dumps([same], sort_keys=True, default=str)
         groups.setdefault(key, []).append((str(run.seed), locked - base))
     for points in groups.values():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from dlrscale.report.claims import SAVED, SAVED_MLP
+from dlrscale.report.claims import SAVED, SAVED_MLP, by_depth
 from dlrscale.report.page import plain_markdown
 from dlrscale.report.runs import Lock, Pair, Run
 
@@ -57,7 +56,7 @@ def draw(locks: Sequence[Lock]) -> list[Figure]:
     for number, lock in enumerate(locks, 1):
         name = f"{number:02d}-{re.sub(r'[^0-9a-zA-Z]', '', lock.id or 'base')[:8]}"
         figures += [_loss(lock, f"loss-{name}"), _memory(lock, f"memory-{name}")]
-    for number, runs in enumerate(_by_depth(locks), 1):
+    for number, runs in enumerate(by_depth(locks), 1):
         figures.append(_depth(runs, f"saved-against-depth-{number:02d}"))
     return [figure for figure in figures if figure is not None]
 
@@ -224,19 +223,6 @@ def _binary_ticks(high: float) -> Any:
     from matplotlib.ticker import MultipleLocator
 
     return MultipleLocator(2.0 ** math.floor(math.log2(max(high, 1.0) / 4)))
-
-
-def _by_depth(locks: Sequence[Lock]) -> list[list[tuple[float, Pair, Lock]]]:
-    """Rows of `full` on locks that differ in depth alone, two depths or more."""
-    groups: dict[str, list[tuple[float, Pair, Lock]]] = {}
-    for lock in locks:
-        depth = lock.manifest.get("depth")
-        for pair in lock.pairs:
-            measured = pair.locked.metric(SAVED_MLP) if pair.locked else None
-            if pair.locked and pair.strategy == "full" and isinstance(depth, (int, float)) and measured:
-                key = json.dumps([str(lock.manifest.get("form")), lock.base_digest, pair.locked.key])
-                groups.setdefault(key, []).append((float(depth), pair, lock))
-    return [sorted(g, key=lambda p: p[0]) for g in groups.values() if len({p[0] for p in g}) > 1]
 
 
 def _depth(rows: list[tuple[float, Pair, Lock]], name: str) -> Figure:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from dlrscale.report.runs import Lock, Pair, Run
-from dlrscale.search import cost_of
+from dlrscale.search import HELDOUT, cost_of
 
 MIN_SEEDS = 3
-TASK = "loss/heldout_task"
+TASK = HELDOUT
 GATES = ("gradient", "engaged", "base_reaches", "equal_search")
 REQUIRED = ("base_reaches", "equal_search")  # what is not told by these is not passed; the others say "does not apply"
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -57,7 +57,7 @@ class Row:
     pairs: tuple[Pair, ...]
 
     @property
-    def any(self) -> Run:
+    def one(self) -> Run:
         """A run that is there."""
         return self.pairs[0].any
 
@@ -68,20 +68,27 @@ class Row:
 
     @property
     def task(self) -> str:
-        """What it is trained on: the data's last two names."""
+        """What it is trained on: the name of the data."""
         return self.pairs[0].task
 
     def runs(self, side: str) -> list[Run]:
         """The runs of a side, `base` or `locked`."""
         return [run for pair in self.pairs if (run := getattr(pair, side)) is not None]
 
-    def axis(self, name: str) -> str:
-        """The resolved choice on an axis: `transform`, `trainable` or `gradient`."""
-        return str((self.any.settings.get("axes") or {}).get(name))
+    def by_seed(self, side: str) -> dict[Any, Run]:
+        """The runs of a side by seed; of one that was run twice, the first."""
+        found: dict[Any, Run] = {}
+        for run in self.runs(side):
+            found.setdefault(run.seed, run)
+        return found
 
-    def levers(self, **wanted: object) -> bool:
+    def axis(self, name: str) -> str | None:
+        """The resolved choice on an axis, `transform`, `trainable` or `gradient`; None where that is not told."""
+        return (self.one.settings.get("axes") or {}).get(name)
+
+    def has_levers(self, **wanted: object) -> bool:
         """Whether some levers have these values."""
-        own = (self.any.settings.get("axes") or {}).get("levers") or {}
+        own = (self.one.settings.get("axes") or {}).get("levers") or {}
         return all(own.get(name, PLAIN.get(name)) == value for name, value in wanted.items())
 
     @property
@@ -92,12 +99,12 @@ class Row:
     @property
     def plain(self) -> bool:
         """Whether this is plain autograd: the reference of C1."""
-        return self.whole and self.levers(**PLAIN)
+        return self.whole and self.has_levers(**PLAIN)
 
     @property
     def checkpointed(self) -> bool:
         """Whether this is the stock attacker: plain but for checkpointing per layer."""
-        return self.whole and self.levers(**PLAIN | {"activation_checkpointing": "layer"})
+        return self.whole and self.has_levers(**PLAIN | {"activation_checkpointing": "layer"})
 
     @property
     def in_place(self) -> bool:
@@ -105,16 +112,15 @@ class Row:
         return self.axis("transform") == "none"
 
     @property
-    def knows_the_lock(self) -> bool:
-        """Whether it makes use of how the lock is built."""
-        nested = self.levers(activation_checkpointing="nested")
-        return not self.in_place or self.axis("gradient") == "reverse" or nested
+    def transforms(self) -> bool:
+        """Whether the locked model is changed first."""
+        return self.axis("transform") not in (None, "none")
 
     @cached_property
     def gates(self) -> dict[str, tuple[bool, str]]:
-        """By gate: whether all runs pass it, and the worst of them in words."""
-        both, locked = self.runs("base") + self.runs("locked"), self.runs("locked")
-        return {name: _gate(name, locked if name in REQUIRED else both) for name in GATES}
+        """By gate: whether all runs that ended ok pass it, and the worst of them in words."""
+        base, locked = ([run for run in self.runs(side) if run.ok] for side in ("base", "locked"))
+        return {name: _gate(name, locked if name in REQUIRED else base + locked) for name in GATES}
 
     @property
     def seeds(self) -> list[Any]:
@@ -137,33 +143,63 @@ class Row:
         told = [(run.gates or {}).get(name) or {} for run in runs for name in ("gradient", "engaged")]
         return all(gate.get("holds") is not False for gate in told)
 
-    def losses(self, side: str) -> list[float]:
-        """The held-out task losses of a side after training."""
-        return [loss for run in self.runs(side) if (loss := run.metric(TASK)) is not None]
+    @property
+    def is_proven(self) -> bool:
+        """Whether it is what it claims, by its gates, with seeds enough: what bytes and times need to count."""
+        return all(self.gates[name][0] for name in ("gradient", "engaged")) and len(self.seeds) >= MIN_SEEDS
+
+    def losses(self, side: str) -> dict[Any, float]:
+        """The held-out task loss of a side after training, by seed."""
+        found = {seed: run.metric(TASK) for seed, run in self.by_seed(side).items()}
+        return {seed: loss for seed, loss in found.items() if loss is not None}
 
     @property
     def gaps(self) -> list[float]:
         """Locked - base of the task loss after training, seed by seed."""
-        both = [pair.both(TASK) for pair in self.pairs]
-        return [locked - base for base, locked in both if base is not None and locked is not None]
+        return differences(self.losses("locked"), self.losses("base"))
 
-    def flops_to(self, side: str, target: float) -> dict[Any, float] | None:
-        """FLOPs to a task loss, the transform's included.
+    def best_losses(self, side: str) -> dict[Any, float | None]:
+        """The lowest held-out task loss of each run, over all evaluations after its start; None where there is none."""
+        found = {}
+        for seed, run in self.by_seed(side).items():
+            losses = [run.metric(TASK), *(step.get(TASK) for step in run.steps)]
+            found[seed] = min((loss for loss in losses if loss is not None), default=None)
+        return found
+
+    def reached(self, side: str, target: float) -> bool | None:
+        """Whether a side comes to a task loss with every seed; None where that is not told.
 
         Args:
             side: `base` or `locked`.
             target: Nats per token.
 
         Returns:
-            FLOPs by seed; None unless all runs get there and tell them.
+            A run that ended otherwise than ok and tells no loss has not come there.
+        """
+        runs = self.by_seed(side)
+        if not runs:
+            return None
+        there = []
+        for seed, loss in self.best_losses(side).items():
+            there.append(loss <= target if loss is not None else None if runs[seed].ok else False)
+        return False if False in there else None if None in there else True
+
+    def flops_to(self, side: str, target: float) -> dict[Any, float] | None:
+        """FLOPs to a task loss that a side comes to with every seed, the transform's included.
+
+        Args:
+            side: `base` or `locked`.
+            target: Nats per token.
+
+        Returns:
+            FLOPs by seed; None where the records do not tell them.
         """
         found = {}
-        for run in self.runs(side):
-            told = run.steps and (run.record.get("plan") or {}).get("flops_per_micro_batch")
-            cost = cost_of(run.record, run.steps, target) if told else {}
-            if not cost.get("target/reached") or "target/flops" not in cost:
+        for seed, run in self.by_seed(side).items():
+            cost = cost_of(run.record, run.steps, target) if run.steps else {}
+            if "target/flops" not in cost:
                 return None
-            found[run.seed] = cost["target/flops"]
+            found[seed] = cost["target/flops"]
         return found or None
 
 
@@ -175,9 +211,14 @@ def rows(lock: Lock) -> list[Row]:
     return [Row(tuple(pairs)) for pairs in found.values()]
 
 
+def differences(above: Mapping[Any, float], below: Mapping[Any, float]) -> list[float]:
+    """The differences of two losses by seed, where both are known."""
+    return [value - below[seed] for seed, value in above.items() if seed in below]
+
+
 def mean_loss(row: Row, side: str) -> float:
     """The mean over seeds of a side's task loss after training."""
-    return statistics.fmean(row.losses(side))
+    return statistics.fmean(row.losses(side).values())
 
 
 def _gate(name: str, runs: Sequence[Run]) -> tuple[bool, str]:

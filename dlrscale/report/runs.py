@@ -9,9 +9,13 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
+from dlrscale import config as configuration
 from dlrscale import record as records
-from dlrscale.config import CHOSEN_KEYS
 
+# What a job found, and no setting.
+FOUND_KEYS = frozenset({
+    "transform_engine", "resumed", "offloaded_optimizer_bytes", "offloaded_param_bytes", "device_in_use_bytes",
+})  # fmt: skip
 # Settings that may differ between the two sides of a pair: which model, and where things lie.
 SIDE_KEYS = frozenset(
     {
@@ -22,11 +26,10 @@ SIDE_KEYS = frozenset(
         "tracking_uri", "experiment", "command", "checkpoint_every", "keep_checkpoints", "max_hours",
         "hostfile",
         "deepspeed_config", "debug", "force", "dry_run", "side", "kind", "search", "search_trials", "trial",
-        "stop_above", "target", "base_result", "pruned_at",
-        # what a job found, and no setting
-        "transform_engine", "resumed", "offloaded_optimizer_bytes", "offloaded_param_bytes", "lever_search",
+        "stop_above", "target", "base_result", "pruned_at", "lever_search",
     }
-)  # fmt: skip
+) | FOUND_KEYS  # fmt: skip
+TASK_SETTINGS = ("heldout_limit", "heldout_part", "seq_len", "columns", "document_separator", "chat_template")
 DEVICE_KEYS = ("type", "kind", "name", "accelerator", "count", "num_ranks", "world_size")
 ACCELERATOR, HOST = "accelerator", "host RSS"
 PEAKS = {
@@ -109,11 +112,16 @@ class Run:
         if isinstance(device, dict):
             device = {k: device[k] for k in DEVICE_KEYS if k in device}
         merged = _without_paths(self.record.get("deepspeed_config"))
+        name = self.strategy
+        if settings.get("axes"):  # which stand for the name
+            name = None
+            kept.pop("strategy", None)
         kept.pop("seed", None)
         if settings.get("lever_search"):
-            kept = {k: v for k, v in kept.items() if k not in CHOSEN_KEYS}
-            kept, merged = kept | {"cap": settings["lever_search"].get("cap")}, None
-        parts = [self.strategy, device, settings.get("search") or [kept, merged]]
+            common = configuration.not_chosen(settings["lever_search"], settings.get("axes") or {})
+            kept = {k: v for k, v in kept.items() if k not in configuration.CHOSEN_KEYS} | {"searched": common}
+            merged = configuration.split_layout(merged or {})[1]
+        parts = [name, device, settings.get("search") or [kept, merged]]
         return json.dumps(parts, sort_keys=True, default=str)
 
     @property
@@ -169,8 +177,16 @@ class Pair:
 
     @property
     def task(self) -> str:
-        """What it is trained on: the data's last two names."""
-        return "/".join(PurePath(str(self.any.settings.get("data"))).parts[-2:])
+        """What it is trained on: the name of the data."""
+        return PurePath(str(self.any.settings.get("data"))).name
+
+    @property
+    def task_key(self) -> str:
+        """What two rows have in common whose losses can be compared: the data, and how they are read."""
+        settings = self.any.settings
+        data = [settings.get(f"{name}_digest") or settings.get(name) for name in ("data", "heldout")]
+        read = [settings.get(name) for name in TASK_SETTINGS]
+        return json.dumps([data, read], sort_keys=True, default=str)
 
     @property
     def where(self) -> str:
@@ -286,9 +302,17 @@ def group(runs: list[Run]) -> list[Lock]:
         lock.pairs = [Pair(None, run) for run in mine]  # so that the manifest and the digest can be read
         digest = lock.base_digest
         fitting = [run for run in bases if not digest or not run.base_digest or run.base_digest == digest]
-        lock.pairs = _pair(fitting, mine)
+        lock.pairs = _pair(_once(fitting, lock_id), mine)
         lock.searches = _searches(runs, lock)
     return sorted(locks.values(), key=_order)
+
+
+def _once(bases: list[Run], lock_id: str) -> list[Run]:
+    """Base runs, each once: the same run stands beside every lock that was attacked, this one's own first."""
+    found: dict[str, Run] = {}
+    for run in sorted(bases, key=lambda run: run.settings.get("lock_id") != lock_id):
+        found.setdefault(str(run.id), run)
+    return list(found.values())
 
 
 def _searches(runs: list[Run], lock: Lock | None) -> list[Search]:
@@ -334,12 +358,15 @@ def _label(pairs: list[Pair]) -> None:
         alike = list(rows)
         tuned = any(pair.any.settings.get("search") for pair in alike)
         flat = [({"data": pair.task} if tuned else _flat(pair.any.settings)) for pair in alike]
+        keys = list(dict.fromkeys(pair.any.settings_key for pair in alike))
         names = sorted({name for settings in flat for name in settings} - {"seed"})
         apart = [n for n in names if len({json.dumps(s.get(n), default=str) for s in flat}) > 1]
         seeds = {json.dumps(pair.any.seed) for pair in alike}
         for pair, settings in zip(alike, flat, strict=True):
             notes = [(name, settings.get(name)) for name in apart]
             pair.setting = _noted(name, notes)
+            if tuned and len(keys) > len({settings["data"] for settings in flat}):  # searches that differ in more
+                pair.setting += f" #{keys.index(pair.any.settings_key) + 1}"
             pair.label = _noted(name, sorted([*notes, ("seed", pair.any.seed)]) if len(seeds) > 1 else notes)
     for label in {pair.label for pair in pairs}:
         same = [pair for pair in pairs if pair.label == label]

@@ -49,8 +49,8 @@ def search_id(space: Space, trials: int, ds_config: Mapping[str, Any]) -> str:
     """
     values = configuration.identify(space.given, ds_config) | {"trials": trials, "space": space.described()}
     if space.given.lever_search:
-        values = {k: v for k, v in values.items() if k not in configuration.CHOSEN_KEYS}
-        values["cap"] = space.given.lever_search["cap"]
+        common = configuration.not_chosen(space.given.lever_search, values["axes"])
+        values = {k: v for k, v in values.items() if k not in configuration.CHOSEN_KEYS} | {"searched": common}
     return record.hash_config(values, record.UNIDENTIFIED_KEYS | {"model"})
 
 

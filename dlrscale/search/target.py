@@ -145,11 +145,22 @@ def cost_of(
         target: Nats per token, or None.
 
     Returns:
-        Metrics as `bill` gives them, FLOPs by the record's plan.
+        Metrics as `bill` gives them, FLOPs by the record's plan; none where the record does not hold what they need.
     """
-    metrics, config = entry["metrics"], entry["config"]
-    flops = (entry.get("plan") or {}).get("flops_per_micro_batch")
-    per_token = sum(flops.values()) / (config["micro_batch"] * config["seq_len"]) if flops else None
-    tokens, spent_flops, seconds = (metrics.get(f"transform/{name}", 0.0) for name in ("tokens", "flops", "time_s"))
-    before = Cost(tokens, spent_flops, seconds * config["num_ranks"] / 3600)
-    return bill(rows, metrics, per_token, config["num_ranks"], target, before)
+    metrics, config = entry.get("metrics") or {}, entry.get("config") or {}
+    if None in (config.get(name) for name in ("num_ranks", "micro_batch", "seq_len")):
+        return {}
+    return bill(rows, metrics, flops_per_token(entry), config["num_ranks"], target, transform_cost(entry))
+
+
+def flops_per_token(entry: Mapping[str, Any]) -> float | None:
+    """Planned FLOPs of a processed token of an ended attack; None where its record has no plan."""
+    flops, config = (entry.get("plan") or {}).get("flops_per_micro_batch"), entry["config"]
+    return sum(flops.values()) / (config["micro_batch"] * config["seq_len"]) if flops else None
+
+
+def transform_cost(entry: Mapping[str, Any]) -> Cost:
+    """What an ended attack has spent before its first step; its FLOPs are None where the record has them as null."""
+    metrics = entry.get("metrics") or {}
+    tokens, flops, seconds = (metrics.get(f"transform/{name}", 0.0) for name in ("tokens", "flops", "time_s"))
+    return Cost(tokens or 0.0, flops, (seconds or 0.0) * entry["config"]["num_ranks"] / 3600)

@@ -14,8 +14,12 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shlex
+import signal
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +130,8 @@ def attack(job: tuple[Path, Path, str, str, dict[str, Any], str, str, tuple[str,
             attack_many(attack_configs(options, str(folder), strategy, knobs), wanted)
         except DlrscaleError as error:
             fault = str(error)
+        except Exception:  # of one job; the others go on
+            fault = traceback.format_exc()
     print(f"{model} {task} {label}: {time.monotonic() - started:.0f} s{f': {fault}' if fault else ''}", flush=True)
     return fault
 
@@ -139,22 +145,26 @@ def shown(strategy: str, base: str, knobs: tuple[str, ...], options: dict[str, A
     return shlex.join([*shortened(words), *(word for knob in knobs for word in ("--set", knob))])
 
 
+PLACE = re.compile(r"(?<![\w.:/-])/(?:[\w.@+-]+/)*([\w.@+-]+/[\w.@+-]+)")  # no addresses, no relative places
 KEPT = ("step", "phase", "tokens", "processed_tokens", "time/step_s", "time/data_s")  # of a step, besides its losses
 
 
 def publish(out: Path, place: Path) -> None:
     """Copy what a report needs: the newest record and the steps of every run but trials, and the searches.
 
-    Places become their last two names. A report of the copy is that of the runs.
+    Places become their last two names. What a report tells of the runs that count is the same for the copy; of the
+    trials the searches tell.
     """
     for file in sorted(out.rglob(record.RECORDS_FILE)):
-        if "trials" in file.parts:
+        own = file.parent.relative_to(out)
+        if "trials" in own.parts:
             continue
-        to = place / file.parent.relative_to(out)
+        to = place / own
         newest = shortened(list(record.read_lines(file))[-1])
         record.write_atomic(to / file.name, record.dumps(newest) + "\n")
         steps = file.with_name(record.STEPS_FILE)
-        rows = [{k: v for k, v in r.items() if k in KEPT or k.startswith("loss/")} for r in record.read_lines(steps)]
+        found = record.read_lines(steps) if steps.exists() else ()
+        rows = [{k: v for k, v in r.items() if k in KEPT or k.startswith("loss/")} for r in found]
         record.write_atomic(to / steps.name, "".join(record.dumps(row) + "\n" for row in rows))
     for file in sorted(out.rglob("search.json")):
         text = record.dumps(shortened(json.loads(file.read_text(encoding="utf-8"))), indent=1)
@@ -162,17 +172,21 @@ def publish(out: Path, place: Path) -> None:
 
 
 def shortened(value: Any) -> Any:
-    """A value in which absolute places are their last two names."""
+    """A value in which absolute places, also inside of texts, are their last two names."""
     if isinstance(value, dict):
         return {k: shortened(v) for k, v in value.items()}
     if isinstance(value, list):
         return [shortened(v) for v in value]
-    return "/".join(Path(value).parts[-2:]) if isinstance(value, str) and value.startswith("/") else value
+    return PLACE.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def forked(config: RunConfig, poll: Callable[[], object] = lambda: None) -> int:
-    """In place of `launcher.run`: fork the ranks and wait for them; the first exit code that is not 0."""
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in forks.run(config)]
+    """In place of `launcher.run`: fork the ranks, wait for them as long as `forks.LIMIT_S`; the first code but 0."""
+    pids = forks.run(config)
+    watch = threading.Timer(forks.LIMIT_S, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
+    watch.start()
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    watch.cancel()
     return next((code for code in codes if code), 0)
 
 

@@ -87,7 +87,7 @@ def compared(entry: catalogue.Strategy) -> bool:
 
 def row(config: RunConfig, curves: dict[str, list[float]]) -> dict:
     """What one job shows, in a few numbers."""
-    entry, metrics = forks.last(config), {}
+    entry = forks.last(config)
     model, side, ranks, name = config.name.split("/")
     found = {"model": model, "side": side, "ranks": int(ranks), "strategy": name}
     if entry is None:
@@ -175,10 +175,7 @@ def main() -> None:
     refused = forks.run_all(locks(out, models))
     rows: list[dict] = []
     for ranks in options.ranks:
-        configs: list[RunConfig] = []
-
-        for config in attacks(out, models, ranks, options.strategies, refused):
-            configs.append(config)
+        configs = list(attacks(out, models, ranks, options.strategies, refused))
         refused |= forks.run_all(configs)
         curves: dict[str, list[float]] = {}
         rows += [row(config, curves) for config in configs if config.name not in refused]

@@ -2,79 +2,15 @@ import json
 import re
 
 import pytest
+from report_records import LOCK_ID, PASSED, attack, lock_record
 
 from dlrscale import report
 from dlrscale.errors import ConfigError
-from dlrscale.record import find_records, make_record
+from dlrscale.record import make_record
 from dlrscale.report import runs as report_runs
 from dlrscale.report import seeds, tables
 
-D, F, N = 64, 172, 4
 EVIL = "<script>alert('x')</script> ![i](http://evil.example/x.png) | `c`"
-
-
-def lock_record(lock_id, depth=8, seed=0, locked=1.46, **changes):
-    metrics = {
-        "loss/heldout_base_model": 1.425, "loss/heldout_locked": locked, "loss/heldout_flat": 3.125,
-        "lock/error_layer_0": 0.02, "lock/error_layer_1": 0.04, "time/total_s": 93.0,
-        "tokens/distil": 1_200_000,
-        "tokens/heal": 300_000, "params/ratio": 1.001,
-    }  # fmt: skip
-    config = {
-        "model": "base",
-        "form": "gated",
-        "depth": depth,
-        "coupling": 0.25,
-        "start": "warm",
-        "harden": True,
-    }
-    return make_record(
-        id=lock_id, kind="lock", name="lock", outcome="ok", config=config | {"model_digest": "m1"}, seed=seed,
-        metrics=metrics, started="2026-11-25T10:00:00Z", versions={"torch": "2.13"}, device={"type": "cpu"},
-        git={"commit": "f" * 40, "dirty": True},
-    ) | changes  # fmt: skip
-
-
-def axes_of(strategy):
-    levers = {"activation_checkpointing": "none" if strategy == "full" else "layer"}
-    return {
-        "transform": "flatten" if strategy == "flatten" else "none", "gradient": "backprop",
-        "trainable": "lora" if strategy == "lora" else "all", "levers": levers, "knobs": {},
-    }  # fmt: skip
-
-
-def attack(side, strategy, lock_id=None, depth=8, outcome="ok", seed=0, metrics=None, **settings):
-    """Numbers follow the saved-bytes formulas in fp32: D + 4 F per layer on the base, K D + 4 F locked."""
-    checkpointed = strategy != "full"
-    mlp = 4 * N * ((depth * D if side == "locked" else D) + 4 * F)
-    values = {
-        "memory/saved_bytes_per_token": 4 * N * D if checkpointed else mlp + 20_000,
-        "memory/saved_mlp_bytes_per_token": 0 if checkpointed else mlp,
-        "memory/saved_mlp_bytes_per_token_formula": 0 if checkpointed else mlp,
-        "memory/host_peak_rss_bytes": 2**30 * (1.5 if side == "locked" else 1.0),
-        "time/step_s": 0.3 if side == "locked" else 0.2,
-        "time/forward_s": 0.06 if side == "locked" else 0.05,
-        "time/backward_s": 0.2 if side == "locked" else 0.1,
-        "throughput/tokens_per_s": 2000 if side == "locked" else 3000,
-        "loss/heldout_task_start": 3.2 if side == "locked" else 3.1,
-        "loss/heldout_task": 2.5 if side == "locked" else 2.0,
-        "loss/heldout_base": 1.9,
-    }
-    manifest = {"form": "gated", "depth": depth, "coupling": 0.25, "start": "warm", "harden": True}
-    config = {
-        "model": side, "data": "d", "lr": 1e-3, "steps": 20, "seq_len": 64, "micro_batch": 4,
-        "global_batch": 4,
-        "axes": axes_of(strategy), "lock_id": lock_id, "num_ranks": 1,
-        "lock": manifest | {"base_model_digest": "m1"} if side == "locked" else None,
-        "out": f"/somewhere/{side}-{strategy}-{depth}-{seed}",
-        "model_digest": "m1" if side == "base" else f"l{depth}",
-    } | settings  # fmt: skip
-    return make_record(
-        id=f"{side}{strategy}{depth}{seed}", kind="attack", side=side, strategy=strategy, outcome=outcome,
-        seed=seed, config=config, metrics=values | (metrics or {}), started="2026-11-25T11:00:00Z",
-        device={"type": "cpu"},
-        versions={"torch": "2.13"}, phases={"load": {"seconds": 1.0, "host_peak_rss_bytes": 2**29}},
-    )  # fmt: skip
 
 
 def family():
@@ -252,44 +188,9 @@ def test_claims_of_the_family():
     )
     assert "ckpt-layer leaves 1.00x (0% of the extra bytes), peak memory 1.50x (host RSS), at 1.00x" in by_id["C1"].text
     assert "on the CPU: full 1.67 (forward 1.20x, backward 2.00x); ckpt-layer 1.67 (" in by_id["C2"].text
-    assert "do not count, locked - base: full +0.500 (one seed); ckpt-layer +0.500" in by_id["C3"].text
+    assert "do not count: full +0.500 (one seed); ckpt-layer +0.500" in by_id["C3"].text
     assert "flattened without training its held-out loss is 3.125" in by_id["C4"].text
     assert "+0.035 nats" in by_id["C5"].text
-
-
-@pytest.mark.parametrize(("backward", "verdict"), [(0.125, "not decided"), (0.11, "falls"), (0.15, "stands")])
-def test_backward_needs_more_than_noise(backward, verdict):
-    # forward ratio 1.2; asymmetries 1.04, 0.917 (within 10 %), 1.25
-    verdict = "not decided" if backward == 0.11 else verdict
-    peak = {"memory/accelerator_peak_allocated_bytes": 2**30}
-    found = [
-        attack("base", "full", metrics=peak),
-        attack("locked", "full", "x", metrics=peak | {"time/backward_s": backward}),
-    ]
-    assert report.claims(found)[1].verdict == verdict
-
-
-def test_backward_is_never_decided_on_a_cpu():
-    found = [attack("base", "full"), attack("locked", "full", "x", metrics={"time/backward_s": 0.5})]
-    assert report.claims(found)[1].verdict == "not decided"
-
-
-def test_memory_falls_when_nothing_more_is_saved():
-    saved = {"memory/saved_bytes_per_token": 1000}
-    found = [attack("base", "full", metrics=saved), attack("locked", "full", "x", metrics=saved)]
-    assert report.claims(found)[0].verdict == "falls"
-
-
-@pytest.mark.parametrize(
-    ("locked", "verdict"),
-    [((1.430, 1.431, 1.432), "stands"), ((1.60, 1.61, 1.62), "falls"), ((1.42, 1.50, 1.55), "not decided"),
-     ((1.430, 1.431), "not decided")],
-)  # fmt: skip
-def test_capability_needs_an_interval_over_seeds(locked, verdict):
-    found = [lock_record(f"{seed}" * 64, seed=seed, locked=value) for seed, value in enumerate(locked)]
-    for values in found:
-        values["config"]["seed"] = values["seed"]
-    assert report.claims(found)[4].verdict == verdict
 
 
 def test_summary_is_aligned():
@@ -347,9 +248,6 @@ def test_the_runs_show_plan_and_error():
 
 
 # --- Trials, seeds, targets and gates --------------------------------------------------------------------------
-
-LOCK_ID = "lock8" + "0" * 59
-PASSED = {"gradient": {"holds": True, "cosine": 0.99999}, "engaged": {"holds": True}}
 
 
 def tuned(seeds=(0, 1, 2), trials=4, **gates):
@@ -420,99 +318,6 @@ def test_a_row_counts_only_if_all_its_gates_hold(gates, number, counts):
     (row,) = seeds.gates(lock).rows
     assert row[0] == "lora, 4 trials"
     assert row[-2:] == [str(number), counts]
-
-
-def judged(folder, locked=(2.01, 2.02, 2.00), strategy="ckpt-layer", first=4, transform=0.0, **gates):
-    """A tuned attack on both sides with its step rows: the base gets to 2.0 after step 2, the locked side from `first`.
-
-    A step is 100 tokens at 1e6 FLOPs each, five times as much on the locked side.
-    """
-    passed = PASSED | {"base_reaches": {"holds": True}, "equal_search": {"holds": True}} | gates
-    for side in ("base", "locked"):
-        for seed, last in enumerate(locked):
-            end = 2.0 if side == "base" else last
-            metrics = {"loss/heldout_task": end, "transform/flops": transform if side == "locked" else 0.0}
-            values = attack(side, strategy, LOCK_ID, seed=seed, metrics=metrics, search="s", search_trials=4)
-            values["config"] |= {"micro_batch": 1, "seq_len": 1}
-            flops = {"forward": 4e5, "backward": 6e5} if side == "base" else {"forward": 5e6}
-            place = folder / f"{strategy}-{side}-{seed}"
-            place.mkdir(parents=True)
-            record = values | {"gates": passed, "plan": {"flops_per_micro_batch": flops}}
-            (place / "records.jsonl").write_text(json.dumps(record) + "\n")
-            reaches = 2 if side == "base" else first
-            rows = [{"step": step, "phase": "train", "tokens": 100 * step, "processed_tokens": 100,
-                     "loss/heldout_task": end if step >= reaches else 3.0} for step in range(1, 9)]  # fmt: skip
-            (place / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def claims_of(folder):
-    found = find_records([folder]) + [(folder, lock_record(LOCK_ID))]
-    return {claim.id: claim for claim in report.claims(found)}
-
-
-@pytest.mark.parametrize(
-    ("locked", "gates", "verdict"),
-    [
-        ((2.20, 2.21, 2.22), {}, "stands"),
-        ((2.00, 2.01, 2.02), {}, "falls"),
-        ((2.00, 2.10, 2.20), {}, "not decided"),  # the interval holds the limit
-        ((2.20, 2.21), {}, "not decided"),  # two seeds
-        ((2.20, 2.21, 2.22), {"gradient": {"holds": False, "cosine": 0.5}}, "not decided"),
-        ((2.20, 2.21, 2.22), {"equal_search": {"holds": None, "why": "no search"}}, "not decided"),
-    ],
-)
-def test_optimisation_is_judged_by_the_rows_that_count(tmp_path, locked, gates, verdict):
-    judged(tmp_path, locked, **gates)
-    claim = claims_of(tmp_path)["C3"]
-    assert claim.verdict == verdict, claim.text
-    if verdict == "stands":  # mean 0.21, 4.303 x 0.01 / sqrt(3) = 0.0248
-        assert "ckpt-layer, 4 trials: locked - base +0.210 [+0.185, +0.235] nats (2.000 and 2.210)" in claim.text
-
-
-def test_the_attacker_takes_what_works_best(tmp_path):
-    judged(tmp_path, (2.20, 2.21, 2.22))
-    judged(tmp_path, (2.00, 2.01, 2.02), "lora")
-    judged(tmp_path, (1.90, 1.91, 1.92), "act-int8", engaged={"holds": False})  # is not what it claims
-    assert claims_of(tmp_path)["C3"].verdict == "falls"
-
-
-def test_a_lock_falls_to_the_cheapest_attack_with_its_transform_paid_for(tmp_path):
-    judged(tmp_path)
-    judged(tmp_path, strategy="flatten", first=3, transform=1e8)
-    claim = claims_of(tmp_path)["C4"]
-    # target 2.05; base 2 x 100 x 1e6 = 2e8; ckpt-layer 4 x 100 x 5e6 = 2e9; flatten 3 x 100 x 5e6 + 1e8 = 1.6e9
-    assert claim.verdict == "falls"
-    assert "target 2.050 (the base's best +0.05): 2 of 2 rows that count get there with every seed" in claim.text
-    assert "the cheapest by flatten, 4 trials for 1.6e+09 FLOPs, 8.00x (8.00 to 8.00) the base's cheapest" in claim.text
-
-
-def test_a_lock_stands_only_against_those_who_know_it(tmp_path):
-    judged(tmp_path, (2.2, 2.2, 2.2))
-    assert claims_of(tmp_path)["C4"].verdict == "not decided"
-    judged(tmp_path, (2.3, 2.0, 2.3), "flatten")  # one seed gets there
-    claim = claims_of(tmp_path)["C4"]
-    assert claim.verdict == "stands"
-    assert (
-        "none of 2 rows that count gets there with every seed; the closest, flatten, 4 trials, is at 2.2" in claim.text
-    )
-
-
-@pytest.mark.parametrize(("start", "told"), [(1.465, "for 3e+09 FLOPs, 0.300 of"), (1.6, "for 8e+09 FLOPs, 0.800 of")])
-def test_undoing_is_told_as_a_part_of_what_the_lock_cost(tmp_path, start, told):
-    """Locked at 1.46, for 1e10 FLOPs; the transform takes 3e9, a step 5e9 and brings 1.462."""
-    lock = lock_record(LOCK_ID)
-    lock["metrics"]["cost/flops"] = 1e10
-    lock["config"] |= {"heldout_digest": "h", "heldout_limit": 200, "seq_len": 64}
-    metrics = {"transform/flops": 3e9, "loss/heldout_base_start": start}
-    run = attack("locked", "flatten", LOCK_ID, metrics=metrics, heldout_base_digest="h", heldout_limit=200)
-    run["plan"] = {"flops_per_micro_batch": {"forward": 5e9}}  # of 4 x 64 tokens
-    (tmp_path / "steps.jsonl").write_text(
-        json.dumps({"step": 1, "phase": "train", "processed_tokens": 256, "loss/heldout_base": 1.462}) + "\n"
-    )
-    told_of = report.claims([(tmp_path, lock), (tmp_path, run)])[3].text
-    assert f"undone to 1.470 (as locked +0.01) by flatten {told} the lock's own" in told_of
-    run["config"]["heldout_limit"] = 100  # not the tokens on which the lock was judged
-    assert "undone" not in report.claims([(tmp_path, lock), (tmp_path, run)])[3].text
 
 
 def test_the_transform_is_on_the_bill():

@@ -250,12 +250,26 @@ def test_a_searchs_id_is_that_of_both_sides_and_of_all_settings(llama_folder):
         assert id_of(changed) != id_of(points)
     assert id_of(space.space(config, (1e-5, 1e-2), (), (1.0,))) != id_of(points)
 
-    # Where the planner chooses the levers of each side, its cap is what both have in common.
-    chosen = [
-        dataclasses.replace(points, given=dataclasses.replace(config, **levers, lever_search={"cap": cap}))
-        for levers, cap in (({"zero": 1}, 2.0), ({"zero": 3, "tiles": 4}, 2.0), ({"zero": 1}, 4.0))
+
+def test_a_search_whose_levers_are_planned_is_known_by_what_was_not(llama_folder):
+    config = given(model=str(llama_folder), data=__file__, heldout_part="tune")
+    points = space.space(config, (1e-5, 3e-2), (), (1.0,))
+
+    def id_of(cap=2.0, by_hand=None, **changes):
+        changes |= {"lever_search": {"cap": cap, "given": by_hand or {}}}
+        given_ = dataclasses.replace(config, **changes)
+        return result.search_id(dataclasses.replace(points, given=given_), 4, engine.merge(given_))
+
+    # What was chosen: another stage, tiles, reversal with its anchor.
+    assert id_of(zero=1) == id_of(zero=3, tiles=4) == id_of(gradient="reverse", knobs=config.knobs | {"anchor": 2})
+    others = [
+        {"cap": 4.0},
+        {"by_hand": {"tiles": 1}},
+        {"transform": "flatten"},
+        {"trainable": "norms"},
+        {"knobs": config.knobs | {"rank": 4}},
     ]
-    assert id_of(chosen[0]) == id_of(chosen[1]) != id_of(chosen[2])
+    assert len({id_of(**other) for other in [{}, *others]}) == len(others) + 1
 
 
 def test_what_is_only_told_leaves_the_id_alone(llama_folder):

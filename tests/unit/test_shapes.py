@@ -195,7 +195,7 @@ def test_parse_layers_refuses(text):
 
 
 def test_saved_elements_of_the_design_page():
-    """Section 3 of the design: elements per token, SiLU or GELU."""
+    """Elements per token, SiLU or GELU."""
     width, ranks = 8, (5, 4, 4)
     depth, total = 3, 13
     saved = shapes.dlr_saved_elements

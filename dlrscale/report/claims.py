@@ -50,7 +50,8 @@ class Slope:
 def judge(locks: Sequence[Lock]) -> list[Claim]:
     """The five claims, C1 to C5, from locks with their attacks."""
     real = [lock for lock in locks if lock.id is not None]
-    return [_memory(real), _backward(real), _optimisation(real), _adaptive(real), _capability(real)]
+    attacked = [lock for lock in real if lock.pairs] or real
+    return [_memory(attacked), _backward(attacked), _optimisation(attacked), _adaptive(attacked), _capability(real)]
 
 
 def _real(lock: Lock) -> list[Row]:

@@ -302,7 +302,8 @@ def group(runs: list[Run]) -> list[Lock]:
         lock.pairs = [Pair(None, run) for run in mine]  # so that the manifest and the digest can be read
         digest = lock.base_digest
         fitting = [run for run in bases if not digest or not run.base_digest or run.base_digest == digest]
-        lock.pairs = _pair(_once(fitting, lock_id), mine)
+        # Base runs alone are no attack on a lock where another lock was attacked.
+        lock.pairs = _pair(_once(fitting, lock_id), mine) if mine or not locked else []
         lock.searches = _searches(runs, lock)
     return sorted(locks.values(), key=_order)
 

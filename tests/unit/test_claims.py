@@ -9,6 +9,7 @@ from report_records import LOCK_ID, PASSED, attack, lock_record
 
 from dlrscale import report
 from dlrscale.record import find_records
+from dlrscale.report import runs as report_runs
 
 
 def claim_of(found, number):
@@ -101,6 +102,14 @@ def test_capability_needs_an_interval_over_seeds(locked, verdict):
         values["config"]["seed"] = values["seed"]
     found[0]["config"]["resumed"] = {"step": 4}  # what happened to it is no setting
     assert claim_of(found, 5).verdict == verdict
+
+
+def test_a_lock_that_was_not_attacked_is_judged_by_its_capability_alone():
+    found = [lock_record("a" * 64), attack("base", "full"), attack("locked", "full", "b" * 64)]
+    locks = report_runs.group([report_runs.Run(None, values) for values in found])
+    assert [len(lock.pairs) for lock in locks] == [0, 1]
+    told = {claim.id: "aaaaaaaa" in claim.text for claim in report.claims(found)}
+    assert told == {"C1": False, "C2": False, "C3": False, "C4": False, "C5": True}
 
 
 # --- C3, C4 -----------------------------------------------------------------------------------------------------

@@ -310,9 +310,9 @@ def group(runs: list[Run]) -> list[Lock]:
 
 def _once(bases: list[Run], lock_id: str) -> list[Run]:
     """Base runs, each once: the same run stands beside every lock that was attacked, this one's own first."""
-    found: dict[str, Run] = {}
+    found: dict[tuple[str, str], Run] = {}
     for run in sorted(bases, key=lambda run: run.settings.get("lock_id") != lock_id):
-        found.setdefault(str(run.id), run)
+        found.setdefault((str(run.id), run.key), run)  # two searches may end with the same run
     return list(found.values())
 
 

@@ -195,6 +195,16 @@ def test_a_base_run_that_lies_in_two_folders_counts_once(tmp_path):
     assert claim.verdict == "not decided"
 
 
+def test_two_searches_that_end_with_the_same_run_are_two_rows():
+    found = []
+    for search in ("a", "b"):
+        base, locked = attack("base", "full", search=search), attack("locked", "full", LOCK_ID, search=search)
+        found += [base | {"id": "one"}, locked | {"id": "other"}]
+    (lock,) = report_runs.group([report_runs.Run(None, values) for values in found])
+    assert len(lock.pairs) == 2
+    assert all(pair.base and pair.locked for pair in lock.pairs)
+
+
 def test_a_seed_that_diverged_is_told_and_spoils_nothing(tmp_path):
     judged(tmp_path, (2.20, 2.21, 2.22, 2.20))
     file = tmp_path / "ckpt-layer--locked-3" / "records.jsonl"

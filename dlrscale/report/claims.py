@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dlrscale.report import costs
 from dlrscale.report.costs import MARGIN_NATS, SAVED
-from dlrscale.report.rows import MIN_SEEDS, TASK, Interval, Row, differences, mean_loss, rows
+from dlrscale.report.rows import MIN_SEEDS, TASK, Interval, Row, called, differences, mean_loss, rows
 from dlrscale.report.runs import FOUND_KEYS, HOST, Lock, Pair, Run, divide
 from dlrscale.report.tables import loss, significant, size
 
@@ -120,8 +120,8 @@ def _memory(locks: Sequence[Lock]) -> Claim:
             part = f", the DLR-Net part alone {significant(mlp)}x" if mlp is not None else ""
             left = _left_by_checkpointing(lock, pair)
             lines.append(
-                f"{lock.short}: {pair.setting} saves {significant(ratio)}x the bytes per token ({size(locked)} "
-                f"against {size(base)}){part}; {left}."
+                f"{lock.short}, {pair.task}: {pair.strategy} saves {significant(ratio)}x the bytes per token "
+                f"({size(locked)} against {size(base)}){part}; {left}."
             )
         lines += _left_out(lock)
     for slope in slopes(locks):
@@ -180,9 +180,9 @@ def _backward(locks: Sequence[Lock]) -> Claim:
         if not figures:
             lines.append(f"{lock.short}: no attack with forward and backward times on both sides; not decided.")
             continue
-        for where in dict.fromkeys(place for _, place, _, _ in figures):
-            told = "; ".join(words for _, place, _, words in figures if place == where)
-            lines.append(f"{lock.short}: backward / forward, {where}: {told}.")
+        for task, where in dict.fromkeys((row.task, place) for row, place, _, _ in figures):
+            told = "; ".join(words for row, place, _, words in figures if (row.task, place) == (task, where))
+            lines.append(f"{lock.short}, {task}: backward / forward, {where}: {told}.")
         proven = [(row, known) for row, where, known, _ in figures if where == ON_ACCELERATOR and row.is_proven]
         plain = [known for row, known in proven if row.plain] or [known for _, known in proven]
         found = {STANDS if i.low > 1 + TIME_MARGIN else FALLS if i.high < 1 - TIME_MARGIN else OPEN for i in plain}
@@ -205,7 +205,7 @@ def _asymmetry(row: Row) -> tuple[Row, str, Interval, str] | None:
     forward, backward = (significant(statistics.fmean(values)) for values in zip(*known, strict=True))
     interval = Interval.of([b / f for f, b in known])
     where = ON_CPU if any(p.where == HOST for p in ended) else ON_ACCELERATOR
-    words = f"{row.name} {significant(interval.mean)} (forward {forward}x, backward {backward}x)"
+    words = f"{called(row)} {significant(interval.mean)} (forward {forward}x, backward {backward}x)"
     return row, where, interval, words
 
 
@@ -228,9 +228,10 @@ def _optimisation(locks: Sequence[Lock]) -> Claim:
                 base, locked = (min(counted, key=lambda row: mean_loss(row, side)) for side in ("base", "locked"))
                 gap = Interval.of(differences(locked.losses("locked"), base.losses("base")))
                 lines.append(
-                    f"{where}: the best of {len(counted)} rows that count is {locked.name} on the locked model "
-                    f"({loss(mean_loss(locked, 'locked'))}) and {base.name} on the base "
-                    f"({loss(mean_loss(base, 'base'))}): {gap} nats, against a limit of {MARGIN_NATS:+.2f}."
+                    f"{where}: the best of {len(counted)} rows that count is {called(locked)} on the locked model "
+                    f"({loss(mean_loss(locked, 'locked'))}) and {called(base)} on the base "
+                    f"({loss(mean_loss(base, 'base'))}): {gap} nats, against a limit of {MARGIN_NATS:+.2f}"
+                    f"{_before(locked)}."
                 )
                 lines.append(f"{where}: locked - base of each row that counts: {_gaps(counted)}.")
                 verdicts.append(STANDS if gap.low > MARGIN_NATS else FALLS if gap.high <= MARGIN_NATS else OPEN)
@@ -250,8 +251,17 @@ def _optimisation(locks: Sequence[Lock]) -> Claim:
 
 def _gaps(found: Sequence[Row]) -> str:
     """The differences of some rows, the lowest locked loss first; how many seeds did not end ok."""
-    ordered = sorted(found, key=lambda row: mean_loss(row, "locked"))
-    return "; ".join(f"{row.name} {Interval.of(row.gaps)}{_lost(row)}" for row in ordered)
+    same: dict[str, list[str]] = {}
+    for row in sorted(found, key=lambda row: mean_loss(row, "locked")):
+        same.setdefault(f"{Interval.of(row.gaps)}{_lost(row)}", []).append(called(row))
+    return "; ".join(f"{', '.join(names)} {told}" for told, names in same.items())
+
+
+def _before(row: Row) -> str:
+    """How far apart both sides were before they were trained."""
+    apart = [pair.both(f"{TASK}_start") for pair in row.pairs]
+    known = [locked - base for base, locked in apart if base is not None and locked is not None]
+    return f" ({statistics.fmean(known):+.3f} before training)" if known else ""
 
 
 def _lost(row: Row) -> str:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dlrscale.report.rows import Row, rows
+from dlrscale.report.rows import Row, called, rows
 from dlrscale.report.runs import Lock, Run, divide
 from dlrscale.report.tables import count, loss, significant
 from dlrscale.search import flops_per_token, spent, transform_cost
@@ -41,7 +41,7 @@ def cheapest(counted: Sequence[Row], needed: Sequence[str]) -> tuple[bool | None
     there = {side: _there(counted, side, target) for side in ("base", "locked")}
     if there["locked"]:
         return True, _fallen(goal, there["base"], there["locked"], len(counted))
-    untold = [row.name for row in counted if row.reached("locked", target) is None]
+    untold = [called(row) for row in counted if row.reached("locked", target) is None]
     if untold:
         return None, [f"{goal}: not told by the records of {'; '.join(untold)}."]
     best = {row: max(v for v in row.best_losses("locked").values() if v is not None) for row in counted}
@@ -49,7 +49,7 @@ def cheapest(counted: Sequence[Row], needed: Sequence[str]) -> tuple[bool | None
     budget = max((run.metric("cost/tokens") or 0 for row in counted for run in row.runs("locked")), default=0)
     told = [
         f"{goal}: none of {len(counted)} rows that count gets there with every seed, within {count(budget)} tokens; "
-        f"the closest, {closest.name}, to {loss(best[closest])}."
+        f"the closest, {called(closest)}, to {loss(best[closest])}."
     ]
     able = {row.axis("transform") for row, _ in there["base"]}
     lacking = [name for name in needed if name not in able]
@@ -84,12 +84,12 @@ def knows_the_lock(row: Row) -> bool:
 def _price(row: Row, flops: Flops, base: tuple[Row, Mapping[Any, float]] | None) -> str:
     """What a row needs to the target: FLOPs, and as a multiple of the base's cheapest, with its range over seeds."""
     if flops is None:
-        return f"{row.name}, whose FLOPs are not known"
-    told = f"{row.name} for {statistics.fmean(flops.values()):.3g} FLOPs"
+        return f"{called(row)}, whose FLOPs are not known"
+    told = f"{called(row)} for {statistics.fmean(flops.values()):.3g} FLOPs"
     ratios = [flops[seed] / base[1][seed] for seed in flops if base and base[1].get(seed)]
     if base is not None and ratios:
         mean, *ends = (significant(value) for value in (statistics.fmean(ratios), min(ratios), max(ratios)))
-        told += f", {mean}x ({' to '.join(ends)}) the base's cheapest ({base[0].name})"
+        told += f", {mean}x ({' to '.join(ends)}) the base's cheapest ({called(base[0])})"
     peak = [ratio for pair in row.pairs if (ratio := divide(*reversed(pair.peaks()))) is not None]
     saved = [ratio for pair in row.pairs if (ratio := pair.ratio(SAVED)) is not None]
     if peak and saved:

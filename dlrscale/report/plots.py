@@ -6,13 +6,14 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from dlrscale.report.claims import SAVED, SAVED_MLP, by_depth
 from dlrscale.report.page import plain_markdown
+from dlrscale.report.rows import rows
 from dlrscale.report.runs import Lock, Pair, Run
 
 POINTS = 400  # a line is thinned to about so many points
@@ -108,11 +109,20 @@ def _sides(pair: Pair) -> list[tuple[Run | None, str, str, str, str]]:
     return [(pair.base, "base", BASE_COLOUR, "--", "o"), (pair.locked, "locked", LOCKED_COLOUR, "-", "s")]
 
 
+def _shown(lock: Lock) -> list[Pair]:
+    """One pair for each setting, the first seed's, under the name of the setting."""
+    return [replace(row.pairs[0], label=row.name) for row in rows(lock)]
+
+
+def _seed(lock: Lock) -> str:
+    return ", the first seed of each" if len(_shown(lock)) < len(lock.pairs) else ""
+
+
 def _loss(lock: Lock, name: str) -> Figure | None:
     """Loss against tokens: a panel per strategy, base dashed, locked solid."""
     import matplotlib
 
-    shown = [p for p in lock.pairs if _series(p.base, "loss/train")[0] or _series(p.locked, "loss/train")[0]]
+    shown = [p for p in _shown(lock) if _series(p.base, "loss/train")[0] or _series(p.locked, "loss/train")[0]]
     if not shown:
         return None
     across = min(3, len(shown))
@@ -143,7 +153,7 @@ def _loss(lock: Lock, name: str) -> Figure | None:
         }
         canvas.legend(labels.values(), labels.keys(), loc="outside lower left", ncols=min(4, len(labels)))
         canvas.suptitle("Loss against tokens", x=0.01, ha="left", fontsize=11)
-        return _finish(canvas, name, f"Loss against tokens by strategy. {lock.title}", lock)
+        return _finish(canvas, name, f"Loss against tokens by strategy{_seed(lock)}. {lock.title}", lock)
 
 
 def _short(text: str, length: int = 40) -> str:
@@ -154,8 +164,8 @@ def _memory(lock: Lock, name: str) -> Figure | None:
     """Bars of saved bytes per token and of the peak, by strategy and side."""
     import matplotlib
 
-    saved = [pair.both(SAVED) for pair in lock.pairs]
-    peaks = [pair.peaks() for pair in lock.pairs]
+    saved = [pair.both(SAVED) for pair in _shown(lock)]
+    peaks = [pair.peaks() for pair in _shown(lock)]
     panels = [
         (values, title)
         for values, title in ((saved, "Saved for backward, per token"), (peaks, "Peak memory" + _where(lock)))
@@ -164,17 +174,17 @@ def _memory(lock: Lock, name: str) -> Figure | None:
     if not panels:
         return None
     with matplotlib.rc_context(_style(name)):
-        canvas = _canvas(10, max(2.4, 0.62 * len(lock.pairs) + 1.5))
+        canvas = _canvas(10, max(2.4, 0.62 * len(_shown(lock)) + 1.5))
         axes = canvas.subplots(1, len(panels), squeeze=False)[0]
         for i, (ax, (values, title)) in enumerate(zip(axes, panels, strict=True)):
             _bars(ax, lock, values, title, names=i == 0, peaks=title.startswith("Peak"))
         handles, labels = axes[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside lower left", ncols=2)
-        return _finish(canvas, name, f"Memory by strategy. {lock.title}", lock)
+        return _finish(canvas, name, f"Memory by strategy{_seed(lock)}. {lock.title}", lock)
 
 
 def _where(lock: Lock) -> str:
-    return f" ({' or '.join(sorted({pair.where for pair in lock.pairs}))})"
+    return f" ({' or '.join(sorted({pair.where for pair in _shown(lock)}))})"
 
 
 def _bars(
@@ -191,7 +201,7 @@ def _bars(
     low = 2.0 ** (math.floor(math.log2(min(flat))) - 2)
     styles = (("base", BASE_COLOUR, "", -0.2), ("locked", LOCKED_COLOUR, "////", 0.2))
     for side, (label, colour, hatch, shift) in enumerate(styles):
-        for row, (pair, both) in enumerate(zip(lock.pairs, values, strict=True)):
+        for row, (pair, both) in enumerate(zip(_shown(lock), values, strict=True)):
             value, run = both[side], (pair.base, pair.locked)[side]
             oom = peaks and run is not None and run.outcome == "oom"
             if value:
@@ -205,8 +215,8 @@ def _bars(
     ax.xaxis.set_major_locator(_log_ticks(low, max(flat)))
     ax.xaxis.minorticks_off()
     ax.set_xlabel("bytes, log scale")
-    ax.set_yticks(range(len(lock.pairs)), [_short(p.label, 34) for p in lock.pairs] if names else [])
-    ax.set_ylim(len(lock.pairs) - 0.5, -0.5)
+    ax.set_yticks(range(len(_shown(lock))), [_short(p.label, 34) for p in _shown(lock)] if names else [])
+    ax.set_ylim(len(_shown(lock)) - 0.5, -0.5)
     ax.set_title(title, loc="left")
 
 

@@ -211,6 +211,13 @@ def rows(lock: Lock) -> list[Row]:
     return [Row(tuple(pairs)) for pairs in found.values()]
 
 
+def called(row: Row) -> str:
+    """A row's name where its task and its trials are told beside it."""
+    trials = row.one.settings.get("search_trials")
+    name = row.name.replace(f" (data {row.task})", "")
+    return name.replace(f", {trials} trials", "", 1) if trials else name
+
+
 def differences(above: Mapping[Any, float], below: Mapping[Any, float]) -> list[float]:
     """The differences of two losses by seed, where both are known."""
     return [value - below[seed] for seed, value in above.items() if seed in below]

@@ -51,8 +51,8 @@ def test_times_of_a_cpu_do_not_speak_for_the_accelerator():
         values["device"], values["id"] = {"type": "cpu2"}, values["id"] + "cpu"
     claim = claim_of(timed(0.15) + cpu, 2)
     assert claim.verdict == "stands"
-    assert "on the accelerator: full" in claim.text
-    assert "on the CPU: full" in claim.text
+    assert "d: backward / forward, on the accelerator: full" in claim.text
+    assert "d: backward / forward, on the CPU: full" in claim.text
     assert claim_of(timed(0.13) + cpu, 2).verdict == "not decided"
 
 
@@ -162,7 +162,7 @@ def test_optimisation_is_judged_by_the_rows_that_count(tmp_path, locked, gates, 
     claim = claims_of(tmp_path)["C3"]
     assert claim.verdict == verdict, claim.text
     if verdict == "stands":  # mean 0.21, 4.303 x 0.01 / sqrt(3) = 0.0248
-        assert "(2.210) and ckpt-layer, 4 trials on the base (2.000): +0.210 [+0.185, +0.235] nats" in claim.text
+        assert "(2.210) and ckpt-layer on the base (2.000): +0.210 [+0.185, +0.235] nats" in claim.text
 
 
 def test_the_attackers_best_is_held_against_the_bases_best(tmp_path):
@@ -221,7 +221,7 @@ def test_a_lock_falls_to_the_cheapest_attack_with_its_transform_paid_for(tmp_pat
     # target 2.05; base 2 x 100 x 1e6 = 2e8; ckpt-layer 4 x 100 x 5e6 = 2e9; flatten 3 x 100 x 5e6 + 1e8 = 1.6e9
     assert claim.verdict == "falls"
     assert "target 2.050 (the base's best +0.05): 2 of 2 rows that count get there with every seed" in claim.text
-    assert "the cheapest by flatten, 4 trials for 1.6e+09 FLOPs, 8.00x (8.00 to 8.00) the base's cheapest" in claim.text
+    assert "the cheapest by flatten for 1.6e+09 FLOPs, 8.00x (8.00 to 8.00) the base's cheapest" in claim.text
 
 
 def test_the_best_of_a_run_is_its_lowest_loss_on_both_sides(tmp_path):

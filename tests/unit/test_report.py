@@ -188,7 +188,7 @@ def test_claims_of_the_family():
     )
     assert "ckpt-layer leaves 1.00x (0% of the extra bytes), peak memory 1.50x (host RSS), at 1.00x" in by_id["C1"].text
     assert "on the CPU: full 1.67 (forward 1.20x, backward 2.00x); ckpt-layer 1.67 (" in by_id["C2"].text
-    assert "do not count: full +0.500 (one seed); ckpt-layer +0.500" in by_id["C3"].text
+    assert "do not count: full, ckpt-layer +0.500 (one seed); act-int8 +0.50" in by_id["C3"].text
     assert "flattened without training its held-out loss is 3.125" in by_id["C4"].text
     assert "+0.035 nats" in by_id["C5"].text
 

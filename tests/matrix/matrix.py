@@ -30,6 +30,7 @@ FORMS, DEPTHS, RANKS = ("gated", "plain", "prenorm"), (8, 64), (1, 2)
 TOLERANCE = 1e-4  # of a loss, relative to `full`'s at the same step, in fp32
 COMMON = {"seq_len": 64, "tracking_uri": "none", "checkpoint_every": 0, "heldout_limit": 4, "warmup_steps": 1}
 GLOBAL_BATCH = 4
+TOPICS = {"data": "embedded:topics", "heldout": "embedded:topics-heldout"}  # read in no time; the model knows them not
 Models = dict[str, tuple[Path, dict[str, Any]]]  # folder and text of each
 
 
@@ -170,6 +171,7 @@ def main() -> None:
     options = parser.parse_args()
     out, started = options.out.absolute(), time.monotonic()
     known = campaign.models(options.data.absolute() if options.data else Path())
+    known["embedded"] = (campaign.EMBEDDED, TOPICS)
     models = {name: known[name] for name in options.models or (known if options.data else ["embedded"])}
     forks.ready()
     refused = forks.run_all(locks(out, models))

@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+import time
 import weakref
 
 import pytest
@@ -488,8 +489,12 @@ def test_all_strategies_of_a_405b_model_take_less_than_a_second_and_no_torch():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip().splitlines()) == 1 + len(catalogue.STRATEGIES)
-    # Of the processor, since others run beside it: 0.6 s on an idle machine, which `tox -e bench` holds to 1 s.
-    assert after.ru_utime - before.ru_utime < 2
+    # Of the processor, since others run beside it, and as a multiple of a loop, since machines differ: 0.6 s where that
+    # loop takes 0.4 s, which `tox -e bench` holds to 1 s.
+    start, total = time.process_time(), 0
+    for number in range(10**7):
+        total += number
+    assert after.ru_utime - before.ru_utime < 5 * (time.process_time() - start)
 
 
 def test_the_worked_example_of_the_docs(capsys):

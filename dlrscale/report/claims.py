@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from dlrscale.report import costs
 from dlrscale.report.costs import MARGIN_NATS, SAVED
-from dlrscale.report.rows import MIN_SEEDS, TASK, Interval, Row, called, differences, mean_loss, rows
+from dlrscale.report.rows import MIN_SEEDS, Interval, Row, called, differences, mean_loss, rows
 from dlrscale.report.runs import FOUND_KEYS, HOST, Lock, Pair, Run, divide
 from dlrscale.report.tables import loss, significant, size
+from dlrscale.search import HELDOUT
 
 STANDS, FALLS, OPEN = "stands", "falls", "not decided"
 SAVED_MLP = "memory/saved_mlp_bytes_per_token"
@@ -259,7 +260,7 @@ def _gaps(found: Sequence[Row]) -> str:
 
 def _before(row: Row) -> str:
     """How far apart both sides were before they were trained."""
-    apart = [pair.both(f"{TASK}_start") for pair in row.pairs]
+    apart = [pair.both(f"{HELDOUT}_start") for pair in row.pairs]
     known = [locked - base for base, locked in apart if base is not None and locked is not None]
     return f" ({statistics.fmean(known):+.3f} before training)" if known else ""
 
@@ -311,8 +312,8 @@ def _adaptive(locks: Sequence[Lock]) -> Claim:
 
 def _ended(row: Row) -> str:
     run = row.runs("locked")[0]
-    before, after = (run.metric(f"{TASK}{k}") for k in ("_start", ""))
-    base = next((value for other in row.runs("base") if (value := other.metric(TASK)) is not None), None)
+    before, after = (run.metric(f"{HELDOUT}{k}") for k in ("_start", ""))
+    base = next((value for other in row.runs("base") if (value := other.metric(HELDOUT)) is not None), None)
     also = f"; the same on the base model {loss(base)}" if base is not None else ""
     return f"task loss {loss(before)} after the transform, {loss(after)} after training{also}"
 

@@ -51,7 +51,7 @@ def cheapest(counted: Sequence[Row], needed: Sequence[str]) -> tuple[bool | None
         f"{goal}: none of {len(counted)} rows that count gets there with every seed, within {count(budget)} tokens; "
         f"the closest, {called(closest)}, to {loss(best[closest])}."
     ]
-    able = {row.axis("transform") for row, _ in there["base"]}
+    able = {row.axis("transform") for row, _ in there["base"] if row.undoes}
     lacking = [name for name in needed if name not in able]
     if lacking:
         told.append(f"not tried by a row that counts and gets there on the base: {', '.join(lacking)}; not decided.")
@@ -117,8 +117,7 @@ def undone(lock: Lock) -> list[str]:
     goal = f"{loss(target)} (as locked {UNDONE_NATS:+.2f})"
     there, short = [], []
     for row in rows(lock):
-        group = (row.one.settings.get("knobs") or {}).get("group")
-        if row.axis("transform") not in ("flatten", "undistil") or group or not row.is_real:
+        if not row.undoes or not row.is_real:
             continue
         curves = [points(run) for run in row.by_seed("locked").values() if _judged_as(run, own)]
         costs = [min((flops for flops, reached in curve if reached <= target), default=None) for curve in curves]

@@ -114,15 +114,16 @@ def _shown(lock: Lock) -> list[Pair]:
     return [replace(row.pairs[0], label=row.name) for row in rows(lock)]
 
 
-def _seed(lock: Lock) -> str:
-    return ", the first seed of each" if len(_shown(lock)) < len(lock.pairs) else ""
+def _seed(pairs: Sequence[Pair], lock: Lock) -> str:
+    return ", the first seed of each" if len(pairs) < len(lock.pairs) else ""
 
 
 def _loss(lock: Lock, name: str) -> Figure | None:
     """Loss against tokens: a panel per strategy, base dashed, locked solid."""
     import matplotlib
 
-    shown = [p for p in _shown(lock) if _series(p.base, "loss/train")[0] or _series(p.locked, "loss/train")[0]]
+    pairs = _shown(lock)
+    shown = [p for p in pairs if _series(p.base, "loss/train")[0] or _series(p.locked, "loss/train")[0]]
     if not shown:
         return None
     across = min(3, len(shown))
@@ -153,7 +154,7 @@ def _loss(lock: Lock, name: str) -> Figure | None:
         }
         canvas.legend(labels.values(), labels.keys(), loc="outside lower left", ncols=min(4, len(labels)))
         canvas.suptitle("Loss against tokens", x=0.01, ha="left", fontsize=11)
-        return _finish(canvas, name, f"Loss against tokens by strategy{_seed(lock)}. {lock.title}", lock)
+        return _finish(canvas, name, f"Loss against tokens by strategy{_seed(pairs, lock)}. {lock.title}", lock)
 
 
 def _short(text: str, length: int = 40) -> str:
@@ -164,32 +165,33 @@ def _memory(lock: Lock, name: str) -> Figure | None:
     """Bars of saved bytes per token and of the peak, by strategy and side."""
     import matplotlib
 
-    saved = [pair.both(SAVED) for pair in _shown(lock)]
-    peaks = [pair.peaks() for pair in _shown(lock)]
+    pairs = _shown(lock)
+    saved = [pair.both(SAVED) for pair in pairs]
+    peaks = [pair.peaks() for pair in pairs]
     panels = [
         (values, title)
-        for values, title in ((saved, "Saved for backward, per token"), (peaks, "Peak memory" + _where(lock)))
+        for values, title in ((saved, "Saved for backward, per token"), (peaks, "Peak memory" + _where(pairs)))
         if any(v for both in values for v in both)
     ]
     if not panels:
         return None
     with matplotlib.rc_context(_style(name)):
-        canvas = _canvas(10, max(2.4, 0.62 * len(_shown(lock)) + 1.5))
+        canvas = _canvas(10, max(2.4, 0.62 * len(pairs) + 1.5))
         axes = canvas.subplots(1, len(panels), squeeze=False)[0]
         for i, (ax, (values, title)) in enumerate(zip(axes, panels, strict=True)):
-            _bars(ax, lock, values, title, names=i == 0, peaks=title.startswith("Peak"))
+            _bars(ax, pairs, values, title, names=i == 0, peaks=title.startswith("Peak"))
         handles, labels = axes[0].get_legend_handles_labels()
         canvas.legend(handles, labels, loc="outside lower left", ncols=2)
-        return _finish(canvas, name, f"Memory by strategy{_seed(lock)}. {lock.title}", lock)
+        return _finish(canvas, name, f"Memory by strategy{_seed(pairs, lock)}. {lock.title}", lock)
 
 
-def _where(lock: Lock) -> str:
-    return f" ({' or '.join(sorted({pair.where for pair in _shown(lock)}))})"
+def _where(pairs: Sequence[Pair]) -> str:
+    return f" ({' or '.join(sorted({pair.where for pair in pairs}))})"
 
 
 def _bars(
     ax: Any,
-    lock: Lock,
+    pairs: Sequence[Pair],
     values: Sequence[tuple[float | None, float | None]],
     title: str,
     names: bool,
@@ -201,7 +203,7 @@ def _bars(
     low = 2.0 ** (math.floor(math.log2(min(flat))) - 2)
     styles = (("base", BASE_COLOUR, "", -0.2), ("locked", LOCKED_COLOUR, "////", 0.2))
     for side, (label, colour, hatch, shift) in enumerate(styles):
-        for row, (pair, both) in enumerate(zip(_shown(lock), values, strict=True)):
+        for row, (pair, both) in enumerate(zip(pairs, values, strict=True)):
             value, run = both[side], (pair.base, pair.locked)[side]
             oom = peaks and run is not None and run.outcome == "oom"
             if value:
@@ -215,8 +217,8 @@ def _bars(
     ax.xaxis.set_major_locator(_log_ticks(low, max(flat)))
     ax.xaxis.minorticks_off()
     ax.set_xlabel("bytes, log scale")
-    ax.set_yticks(range(len(_shown(lock))), [_short(p.label, 34) for p in _shown(lock)] if names else [])
-    ax.set_ylim(len(_shown(lock)) - 0.5, -0.5)
+    ax.set_yticks(range(len(pairs)), [_short(p.label, 34) for p in pairs] if names else [])
+    ax.set_ylim(len(pairs) - 0.5, -0.5)
     ax.set_title(title, loc="left")
 
 

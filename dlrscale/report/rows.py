@@ -13,7 +13,6 @@ from dlrscale.report.runs import Lock, Pair, Run
 from dlrscale.search import HELDOUT, cost_of
 
 MIN_SEEDS = 3
-TASK = HELDOUT
 GATES = ("gradient", "engaged", "base_reaches", "equal_search")
 REQUIRED = ("base_reaches", "equal_search")  # what is not told by these is not passed; the others say "does not apply"
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -116,6 +115,12 @@ class Row:
         """Whether the locked model is changed first."""
         return self.axis("transform") not in (None, "none")
 
+    @property
+    def undoes(self) -> bool:
+        """Whether the locked model becomes an ordinary one: regressed, or flattened whole and not in groups."""
+        whole = not (self.one.settings.get("knobs") or {}).get("group")
+        return self.axis("transform") == "undistil" or (self.axis("transform") == "flatten" and whole)
+
     @cached_property
     def gates(self) -> dict[str, tuple[bool, str]]:
         """By gate: whether all runs that ended ok pass it, and the worst of them in words."""
@@ -150,7 +155,7 @@ class Row:
 
     def losses(self, side: str) -> dict[Any, float]:
         """The held-out task loss of a side after training, by seed."""
-        found = {seed: run.metric(TASK) for seed, run in self.by_seed(side).items()}
+        found = {seed: run.metric(HELDOUT) for seed, run in self.by_seed(side).items()}
         return {seed: loss for seed, loss in found.items() if loss is not None}
 
     @property
@@ -162,7 +167,7 @@ class Row:
         """The lowest held-out task loss of each run, over all evaluations after its start; None where there is none."""
         found = {}
         for seed, run in self.by_seed(side).items():
-            losses = [run.metric(TASK), *(step.get(TASK) for step in run.steps)]
+            losses = [run.metric(HELDOUT), *(step.get(HELDOUT) for step in run.steps)]
             found[seed] = min((loss for loss in losses if loss is not None), default=None)
         return found
 

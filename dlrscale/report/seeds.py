@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from dlrscale.report.page import MISSING, Table
-from dlrscale.report.rows import MIN_SEEDS, TASK, rows
+from dlrscale.report.rows import MIN_SEEDS, rows
 from dlrscale.report.runs import PEAKS, Lock, Pair, Run, divide
 from dlrscale.report.tables import SIDES, count, loss, seconds, significant, size, text
 
@@ -43,15 +43,14 @@ def means(lock: Lock) -> Table:
     """Mean and spread over seeds; the rows of each seed stand in the other tables."""
     cells = []
     for row in rows(lock):
-        losses = [pair.both(TASK) for pair in row.pairs]
-        gaps = [locked - base if None not in (base, locked) else None for base, locked in losses]
+        losses = [row.losses(side).values() for side in ("base", "locked")]
         seeds = sorted({str(pair.any.seed) for pair in row.pairs})
         cells.append(
             [
                 row.name,
                 ", ".join(seeds),
-                *(spread([both[i] for both in losses], loss) for i in (0, 1)),
-                spread(gaps, lambda v: MISSING if v is None else f"{v:.3f}"),
+                *(spread(list(values), loss) for values in losses),
+                spread(row.gaps, lambda v: MISSING if v is None else f"{v:.3f}"),
                 spread([pair.ratio("time/step_s") for pair in row.pairs], significant),
                 spread([divide(*reversed(pair.peaks())) for pair in row.pairs], significant),
             ]

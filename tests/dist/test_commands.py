@@ -32,6 +32,20 @@ def test_lock_record(locked: Path) -> None:
     assert str(locked.parent) not in (locked / "model" / "config.json").read_text()
 
 
+def test_the_lock_tells_what_it_cost(locked: Path) -> None:
+    """Tokens by hand: 52 steps of 4 sequences of 32, and 16 sequences that set the scales; hours of both ranks."""
+    from dlrscale import models
+
+    metrics, steps = last(locked)["metrics"], list(record.read_lines(locked / record.STEPS_FILE))
+    assert metrics["cost/tokens"] == 52 * 4 * 32 + 16 * 32
+    seconds = sum(row["time/step_s"] + row["time/data_s"] for row in steps)
+    assert metrics["cost/device_hours"] == pytest.approx(2 * seconds / 3600)
+    # At least a forward pass of the teacher and of the student, which has as many parameters; at most twice forward and
+    # backward of all of them, three times a forward each, and the teacher.
+    parameters = sum(p.numel() for p in models.load_model(locked / "model").parameters())
+    assert 4 < metrics["cost/flops"] / (parameters * metrics["cost/tokens"]) < 14
+
+
 def test_exported_losses_are_the_engine_s(locked: Path, place: Path) -> None:
     """The exported folder gives the held-out loss that the lock said, and its flattening the flat one."""
     from dlrscale import data, export, models

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dlrscale import config as configuration
-from dlrscale import jobs, launcher, record
+from dlrscale import jobs, launcher
 from dlrscale.config import RunConfig
 from dlrscale.engine.devices import free_port, import_deepspeed
 from dlrscale.errors import ConfigError, DlrscaleError, describe
@@ -108,10 +108,3 @@ def _ended(pid: int) -> bool:
                 return False
         _gone.add(pid)
     return True
-
-
-def last(config: RunConfig) -> dict | None:
-    """The newest record of a job, if it left one."""
-    file = Path(config.out) / record.RECORDS_FILE
-    rows = list(record.read_lines(file)) if file.exists() else []
-    return rows[-1] if rows else None

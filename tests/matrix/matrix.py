@@ -22,7 +22,7 @@ import forks
 from dlrscale import catalogue, record
 from dlrscale.cli import attack_configs
 from dlrscale.cli.levers import choose_levers
-from dlrscale.cli.run import resolve
+from dlrscale.cli.run import last_record, resolve
 from dlrscale.config import LockConfig, RunConfig
 from dlrscale.errors import DlrscaleError
 
@@ -88,7 +88,7 @@ def compared(entry: catalogue.Strategy) -> bool:
 
 def row(config: RunConfig, curves: dict[str, list[float]]) -> dict:
     """What one job shows, in a few numbers."""
-    entry = forks.last(config)
+    entry = last_record(config)
     model, side, ranks, name = config.name.split("/")
     found = {"model": model, "side": side, "ranks": int(ranks), "strategy": name}
     if entry is None:
@@ -180,7 +180,9 @@ def main() -> None:
     for ranks in options.ranks:
         configs = list(attacks(out, models, ranks, options.strategies, refused))
         refused |= forks.run_all(configs)
-        forks.run_all(configs)  # torch's thread pool does not survive every fork: what failed is tried once more
+        # torch's thread pool does not survive every fork: what failed is tried once more
+        failed = [c for c in configs if c.name not in refused and (last_record(c) or {}).get("outcome") != "ok"]
+        forks.run_all(failed)
         curves: dict[str, list[float]] = {}
         rows += [row(config, curves) for config in configs if config.name not in refused]
         write(out, rows, refused, time.monotonic() - started)

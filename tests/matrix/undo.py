@@ -19,7 +19,7 @@ import forks
 from dlrscale import catalogue, record
 from dlrscale.cli import attack_configs
 from dlrscale.cli.levers import choose_levers
-from dlrscale.cli.run import resolve
+from dlrscale.cli.run import last_record, resolve
 from dlrscale.config import AttackConfig, LockConfig
 from dlrscale.report import costs
 from dlrscale.report.runs import Run
@@ -96,12 +96,12 @@ def rows(out: Path, data: Path) -> Iterator[dict]:
     """One line per lock that has been undone in all ways."""
     found: dict[str, dict[str, dict]] = {}
     for config in attacks(out, data):
-        entry = forks.last(config)
+        entry = last_record(config)
         if entry is not None and entry["outcome"] == "ok":
             lock, way = config.name.split("/")
             found.setdefault(lock, {})[way] = entry
     for lock in locks(out, data):
-        entry, ways = forks.last(lock), found.get(lock.name, {})
+        entry, ways = last_record(lock), found.get(lock.name, {})
         if entry is None or len(ways) < len(REGRESSED) + 1:
             continue
         kind, coupling, seed = lock.name.split("-")

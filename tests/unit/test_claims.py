@@ -247,6 +247,19 @@ def test_a_lock_stands_only_where_its_transforms_were_tried(tmp_path):
     assert "none of 3 rows that count gets there with every seed" in claim.text
 
 
+def test_flattening_in_groups_is_not_flattening(tmp_path):
+    for strategy in ("flatten", "undistil"):
+        judged(tmp_path, (2.3, 2.3, 2.3), strategy)
+    assert claims_of(tmp_path)["C4"].verdict == "stands"
+    for file in tmp_path.glob("flatten*/records.jsonl"):
+        values = json.loads(file.read_text())
+        values["config"]["knobs"] = {"group": 4.0}
+        file.write_text(json.dumps(values) + "\n")
+    claim = claims_of(tmp_path)["C4"]
+    assert claim.verdict == "not decided"
+    assert "gets there on the base: flatten" in claim.text
+
+
 def test_a_transform_that_fails_on_the_base_too_is_no_evidence(tmp_path):
     judged(tmp_path, (2.2, 2.2, 2.2))
     judged(tmp_path, (2.3, 2.3, 2.3), "flatten")

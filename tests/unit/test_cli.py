@@ -180,6 +180,8 @@ def test_best_memory_is_resolved_before_the_run(call, place, llama_folder, locke
         assert best["gradient"] == config.gradient
         assert all(best[name] == getattr(config, name) for name in ("zero", "tiles", "activation_checkpointing"))
         assert "cap" not in config.knobs
+        given = {"zero": 2, "offload_optimizer": False, "activation_storage": "device"}
+        assert config.lever_search["given"] == given
     locked = configs[1]
     by_hand = ("--activation-checkpointing", locked.activation_checkpointing, "--tiles", locked.tiles)
     _, out, _ = call(*shared, "--strategy", "full", "--gradient", locked.gradient, *by_hand, "--model", locked_folder)
@@ -190,6 +192,18 @@ def test_best_memory_is_resolved_before_the_run(call, place, llama_folder, locke
                         "--model", llama_folder)  # fmt: skip
     assert code == 2
     assert "Take a larger cap" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [(("ckpt-layer",), 3e-3), (("mezo",), 3e-5), (("lomo",), 3e-2), (("ckpt-layer", "--optimizer", "SGD"), 3e-2),
+     (("mezo", "--lr", 1e-4), 1e-4)],
+)  # fmt: skip
+def test_the_default_rate_is_of_what_updates(call, place, llama_folder, options, rate):
+    _, data = place
+    _, out, _ = call("attack", "--model", llama_folder, "--data", data, "--seq-len", 32, "--dry-run", "--strategy",
+                     *options)  # fmt: skip
+    assert configuration.from_json(split_dry_run(out)[1][-1]).lr == rate
 
 
 def test_lock_defaults_follow_the_family(call, place, gpt2_folder):

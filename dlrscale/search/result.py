@@ -209,8 +209,9 @@ def gates(config: AttackConfig, side: str) -> dict[str, dict[str, Any]]:
     """
     base, own = config.base_result, config.search_trials
     if base is None:
-        why = "the base's own run" if side == "base" else "no base side was run before (--base)"
-        return {name: {"holds": None, "why": why} for name in ("base_reaches", "equal_search")}
+        needs = {"base_reaches": "--target", "equal_search": "--trials"}
+        own_run = "the base's own run" if side == "base" else None
+        return {name: {"holds": None, "why": own_run or f"asks for --base and {o}"} for name, o in needs.items()}
     found: dict[str, dict[str, Any]] = {}
     if config.target is None or base["target"] is None:
         found["base_reaches"] = {"holds": None, "why": "no target (--target)"}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from commands import LOCK, process, write_texts
-from dlrscale import launcher
+from dlrscale import launcher, record
+from dlrscale.config import RunConfig, to_json
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +64,27 @@ def start_ranks(tmp_path_factory) -> Callable[[int, list[dict]], list[dict]]:
         return json.loads((folder / "results.json").read_text())
 
     return start
+
+
+@pytest.fixture(scope="session")
+def kept_ranks(tmp_path_factory, start_ranks) -> Iterator[Callable[..., int]]:
+    """What takes `launcher.run`'s place: two ranks that run job after job, where a start of ranks is not what is tested."""
+    folder, numbers = tmp_path_factory.mktemp("kept"), itertools.count()
+
+    def run(config: RunConfig, look: Callable[[], object] = lambda: None) -> int:
+        assert config.num_ranks == 2
+        file = folder / f"{next(numbers)}.json"
+        record.write_atomic(file, to_json(config))
+        while not file.with_suffix(".code").exists():
+            assert not served.done(), served.result()
+            look()
+            time.sleep(0.02)
+        return int(file.with_suffix(".code").read_text())
+
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(start_ranks, 2, [{"run": "serve", "folder": str(folder)}])
+        try:
+            yield run
+        finally:
+            (folder / "end").touch()
+        assert served.result() == [{"jobs": next(numbers)}]

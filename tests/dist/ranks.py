@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dlrscale import data, engine, shapes, surgery
+from dlrscale import data, engine, record, shapes, surgery
 from dlrscale.config import AttackConfig, LockConfig
 from dlrscale.distil import Distiller
 from dlrscale.measure import Phases
@@ -228,6 +229,25 @@ def job(case: dict) -> dict:
     from dlrscale import config, jobs
 
     return {"code": jobs.run(config.from_json(json.dumps(case["config"])))}
+
+
+def serve(case: dict) -> dict:
+    """Whole jobs as their configurations come, `0.json`, `1.json` and so on in a folder, until a file `end` is there."""
+    from dlrscale import config, jobs
+
+    folder, number = Path(case["folder"]), 0
+    while True:
+        file = folder / f"{number}.json"
+        if file.exists():
+            code = jobs.run(config.from_json(file.read_text()), jobs.make_tracker)
+            torch.distributed.barrier()  # no rank looks for the next job before all have done this one
+            if torch.distributed.get_rank() == 0:
+                record.write_atomic(file.with_suffix(".code"), str(code))
+            number += 1
+        elif (folder / "end").exists():
+            return {"jobs": number}
+        else:
+            time.sleep(0.02)
 
 
 def decayed(case: dict) -> dict:

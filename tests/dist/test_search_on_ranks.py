@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from commands import dlrscale, last, rows
 
-from dlrscale import record, report
+from dlrscale import launcher, record, report
 from dlrscale.search import space
 from dlrscale.search.sampler import Sampler
 
@@ -36,11 +37,12 @@ def hopeless_seed() -> int:
 
 
 @pytest.fixture(scope="module")
-def searched(locked: Path, place: Path) -> Path:
-    """The search on both sides, by one command."""
+def searched(locked: Path, place: Path, kept_ranks) -> Path:
+    """The search on both sides, by one command; all its runs in one start of ranks."""
     line = ["attack", "--model", "whole/model", "--base", "base", "--strategy", "ckpt-layer", *OPTIONS, *RATES,
             "--seed", str(hopeless_seed()), "--out", "searched", "--tracking-uri", f"sqlite:///{place}/search.db"]  # fmt: skip
-    done = dlrscale(place, *line)
+    with mock.patch.object(launcher, "run", kept_ranks):
+        done = dlrscale(place, *line)
     assert done.returncode == 0, done.stderr
     assert "To the target" in done.stdout
     assert "Gates" in done.stdout

@@ -20,6 +20,7 @@ import signal
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,38 +33,50 @@ from dlrscale.cli.levers import choose_levers
 from dlrscale.cli.run import resolve
 from dlrscale.cli.search import attack_many, read_wanted
 from dlrscale.config import LockConfig, RunConfig
+from dlrscale.data.embedded import embedded_documents
 from dlrscale.errors import DlrscaleError
 
+SEPARATOR = "<|endoftext|>"  # of documents, in the files of text
 EMBEDDED = Path(__file__).resolve().parents[2] / "dlrscale" / "embedded_model"
 SEEDS = (0, 1, 2)  # of locks, and of attacks
-TRIALS, STEPS, MARGIN = 3, 24, 0.2
+TRIALS, MARGIN = 3, 0.2
+STEPS = {"stories260K": (24, 4), "embedded": (18, 6)}  # of an attack, and between evaluations
 RECORDS, HELDOUT = 1000, 200  # of a task, from its start: an attack sees fewer
+FEW = 30_000  # characters
 COMMON = {"num_ranks": 1, "tracking_uri": "none", "checkpoint_every": 0}
-# Where a search starts and how far it goes: the middle of what is usual for models of this size, in powers of ten.
-RATES = {"lora": (1e-2, (1e-3, 1e-1)), "lora-attn": (1e-2, (1e-3, 1e-1)), "lora-mlp": (1e-2, (1e-3, 1e-1)),
-         "norms": (1e-2, (1e-3, 1e-1)), "ladder": (1e-2, (1e-3, 1e-1)), "lomo": (1e-1, (1e-2, 1.0)),
-         "mezo": (1e-4, (1e-5, 1e-2)), "mezo-lora": (1e-3, (1e-5, 1e-2))}  # fmt: skip
-RATE = (3e-3, (3e-4, 3e-2))
+# Where a search starts; it goes ten times as far down and up. In a pilot of the unlocked models, of one run each at
+# rates three times apart, these did best.
+RATE = 3e-3
+RATES = dict.fromkeys(("lora", "lora-attn", "lora-mlp", "norms", "ladder"), 1e-2)
+RATES |= {"lomo": 1e-1, "mezo": 1e-4, "mezo-lora": 1e-3}
+OWN_RATE = {("stories260K", "style"): 1e-3, ("embedded", "gsm8k"): 2e-3, ("embedded", "style"): 2e-3}
+OWN_RATES = {"stories260K": {"last-k": 3e-3, "head": 3e-3}, "embedded": {"last-k": 1e-2, "head": 1e-2, "lomo": 3e-1}}
 LONGER = {"mezo": 4, "mezo-lora": 4}  # they learn little per step, and a step costs less
 KNOBS = {"undistil": ("regress_steps=40",), "drop-blocks": ("heal_steps=20",)}
 LOCKS = {
     "stories260K": {"steps": 300, "heal_steps": 75, "micro_batch": 16, "seq_len": 256},
-    "embedded": {"steps": 100, "heal_steps": 25, "micro_batch": 4, "seq_len": 128},
+    "embedded": {"steps": 200, "heal_steps": 50, "micro_batch": 8, "seq_len": 128},
 }
 CAPS = (1.33, 2.0)
+BY_HAND = {"flatten-lomo": ("flatten", {"gradient": "lomo"})}  # combinations: a strategy, and other choices on its axes
 
 
-def models(data: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Each model's folder, and the text of its own domain."""
-    stories = data / "tinystories"
-    return {
-        "stories260K": (
-            data / "models" / "stories260K",
-            {"data": str(stories / "train.txt.gz"), "heldout": str(stories / "valid.txt.gz"),
-             "document_separator": "<|endoftext|>"},
-        ),
-        "embedded": (EMBEDDED, {"data": "embedded:stdlib", "heldout": "embedded:stdlib-heldout"}),
-    }  # fmt: skip
+def model(name: str, data: Path, out: Path) -> tuple[Path, dict[str, Any]]:
+    """A model's folder, and the text of its own domain.
+
+    Of the standard library it is one file of eight; `few` is a part of the held-out files, for attacks.
+    """
+    if name == "stories260K":
+        stories = data / "tinystories"
+        text = {"data": str(stories / "train.txt.gz"), "heldout": str(stories / "valid.txt.gz")}
+        return data / "models" / name, text | {"few": text["heldout"]}
+    text = {key: str(out / "data" / f"stdlib-{key}.txt") for key in ("data", "heldout", "few")}
+    if not all(Path(file).exists() for file in text.values()):
+        for key, corpus, every in (("data", "embedded:stdlib", 8), ("heldout", "embedded:stdlib-heldout", 1)):
+            some = SEPARATOR.join(itertools.islice(embedded_documents(corpus, Counter()), 0, None, every))
+            record.write_atomic(Path(text[key]), some)
+        record.write_atomic(Path(text["few"]), some[:FEW])
+    return EMBEDDED, text
 
 
 def tasks(out: Path, data: Path) -> dict[str, dict[str, Any]]:
@@ -88,36 +101,40 @@ def locks(out: Path, data: Path, names: list[str], seeds: list[int]) -> Iterator
     """The default lock but for its depth of 8, with each seed; the first seed's is attacked."""
     for seed in seeds:
         for name in names:
-            folder, text = models(data)[name]
-            options = text | COMMON | LOCKS[name] | {
-                "model": str(folder), "form": "gated", "depth": 8, "lr": 3e-3, "zero": 0, "seed": seed,
+            folder, text = model(name, data, out)
+            options = COMMON | LOCKS[name] | {
+                "model": str(folder), "data": text["data"], "heldout": text["heldout"],
+                "document_separator": SEPARATOR, "form": "gated", "depth": 8, "lr": 3e-3, "zero": 0, "seed": seed,
                 "heldout_limit": 200, "out": str(out / name / f"lock-{seed}"),
             }  # fmt: skip
             yield resolve(LockConfig, options, choose_levers(catalogue.LOCK, options), f"lock-{seed}")
 
 
-def rows() -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """What is run: a label, the strategy and its knobs."""
+def rows() -> Iterator[tuple[str, str, tuple[str, ...], dict[str, str]]]:
+    """What is run: a label, the strategy, its knobs, and what is chosen by hand."""
     for name in catalogue.STRATEGIES:
         if name == "best-memory":
             for cap in CAPS:
-                yield f"{name}-{cap:g}", name, (f"cap={cap:g}",)
+                yield f"{name}-{cap:g}", name, (f"cap={cap:g}",), {}
         else:
-            yield name, name, KNOBS.get(name, ())
+            yield name, name, KNOBS.get(name, ()), {}
+    for label, (name, axes) in BY_HAND.items():
+        yield label, name, KNOBS.get(name, ()), axes
 
 
-def attack(job: tuple[Path, Path, str, str, dict[str, Any], str, str, tuple[str, ...]]) -> str | None:
+def attack(job: tuple[Any, ...]) -> str | None:
     """One strategy on one task: base and locked, trials, seeds. What went wrong, if anything did."""
-    out, data, model, task, own, label, strategy, knobs = job
-    started, place = time.monotonic(), out / model / task / label
-    folder, text = models(data)[model]
-    lr, reach = RATES.get(strategy, RATE)
-    options = own | COMMON | {
-        "heldout_base": text["heldout"], "document_separator": text.get("document_separator"), "heldout_limit": 32,
-        "micro_batch": 4, "steps": STEPS * LONGER.get(strategy, 1), "warmup_steps": 3, "lr": lr,
-        "eval_every": 4 * LONGER.get(strategy, 1), "seed": 0, "name": f"{task}-{label}",
-        "model": str(out / model / "lock-0" / "model"), "out": str(place), "trials": TRIALS,
-        "lr_range": f"{reach[0]:g},{reach[1]:g}", "seeds": ",".join(map(str, SEEDS)), "target": f"base+{MARGIN:g}",
+    out, data, name, task, own, label, strategy, knobs, axes = job
+    started, place = time.monotonic(), out / name / task / label
+    folder, text = model(name, data, out)
+    steps, every = (count * LONGER.get(strategy, 1) for count in STEPS[name])
+    lr = (RATES | OWN_RATES[name]).get(axes.get("gradient", strategy), OWN_RATE.get((name, task), RATE))
+    options = own | COMMON | axes | {
+        "heldout_base": text["few"], "document_separator": SEPARATOR, "heldout_limit": 32,
+        "micro_batch": 4, "steps": steps, "warmup_steps": 3, "lr": lr, "eval_every": every,
+        "seed": 0, "name": f"{task}-{label}",
+        "model": str(out / name / "lock-0" / "model"), "out": str(place), "trials": TRIALS,
+        "lr_range": f"{lr / 10:g},{10 * lr:g}", "seeds": ",".join(map(str, SEEDS)), "target": f"base+{MARGIN:g}",
     }  # fmt: skip
     options["command"] = shown(strategy, str(folder), knobs, options)
     log = place.parent / f"{label}.log"
@@ -132,7 +149,7 @@ def attack(job: tuple[Path, Path, str, str, dict[str, Any], str, str, tuple[str,
             fault = str(error)
         except Exception:  # of one job; the others go on
             fault = traceback.format_exc()
-    print(f"{model} {task} {label}: {time.monotonic() - started:.0f} s{f': {fault}' if fault else ''}", flush=True)
+    print(f"{name} {task} {label}: {time.monotonic() - started:.0f} s{f': {fault}' if fault else ''}", flush=True)
     return fault
 
 
@@ -197,7 +214,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--models", nargs="*", default=["stories260K", "embedded"])
     parser.add_argument("--tasks", nargs="*", default=["gsm8k", "style"])
-    parser.add_argument("--rows", nargs="*", default=[label for label, _, _ in rows()])
+    parser.add_argument("--rows", nargs="*", default=[label for label, *_ in rows()])
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS), help="of the locks")
     parser.add_argument("--cores", type=int, default=forks.CORES)
     parser.add_argument("--publish", type=Path, help="copy what a report needs to a folder, and run nothing")
@@ -211,8 +228,8 @@ def main() -> None:
     launcher.run = forked
     found = tasks(out, data)
     jobs = [
-        (out, data, model, task, found[task], *row)
-        for model in options.models
+        (out, data, name, task, found[task], *row)
+        for name in options.models
         for task in options.tasks
         for row in rows()
         if row[0] in options.rows

@@ -171,14 +171,18 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="*", default=list(catalogue.STRATEGIES))
     options = parser.parse_args()
     out, started = options.out.absolute(), time.monotonic()
-    known = campaign.models(options.data.absolute() if options.data else Path())
-    known["embedded"] = (campaign.EMBEDDED, TOPICS)
-    models = {name: known[name] for name in options.models or (known if options.data else ["embedded"])}
+    names = options.models or (["embedded", "stories260K"] if options.data else ["embedded"])
+    data = options.data.absolute() if options.data else Path()
+    known = {}
+    for name in names:
+        folder, text = campaign.model(name, data, out)
+        stories = {"data": text["data"], "heldout": text["heldout"], "document_separator": campaign.SEPARATOR}
+        known[name] = (folder, TOPICS if name == "embedded" else stories)
     forks.ready()
-    refused = forks.run_all(locks(out, models))
+    refused = forks.run_all(locks(out, known))
     rows: list[dict] = []
     for ranks in options.ranks:
-        configs = list(attacks(out, models, ranks, options.strategies, refused))
+        configs = list(attacks(out, known, ranks, options.strategies, refused))
         refused |= forks.run_all(configs)
         # torch's thread pool does not survive every fork: what failed is tried once more
         failed = [c for c in configs if c.name not in refused and (last_record(c) or {}).get("outcome") != "ok"]

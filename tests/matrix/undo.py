@@ -1,9 +1,9 @@
 """What undoing a lock costs: cold, warm and hardened locks at three couplings, flattened and regressed, three seeds.
 
 `python tests/matrix/undo.py locks --out DIR --data DATA` makes the locks of stories260K on TinyStories, `attacks`
-undoes them, and `table` writes `undo.jsonl` and `table.md`. Held-out loss is that of TinyStories' validation text,
-whatever is trained on. A lock is undone 0.01 nats above its own; what that costs is told in parts of what the lock
-cost, in FLOPs.
+undoes them, and `table` writes `undo.jsonl`, `table.md` and `undo.png`. Held-out loss is that of TinyStories'
+validation text, whatever is trained on. A lock is undone 0.01 nats above its own; what that costs is told in parts of
+what the lock cost, in FLOPs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ KINDS = {
     "cold": ("cold", False, 450, 110, 8e-3),
 }
 # start, text and steps of the regression: each a run of its own, with its own schedule
+LENGTHS = (10, 20, 40, 80, 160)
 REGRESSED = [
-    ("flat", "stories", 40),
-    ("flat", "stories", 80),
-    ("flat", "stories", 160),
+    *(("flat", "stories", steps) for steps in LENGTHS),
     ("flat", "gsm8k", 160),
     ("fresh", "stories", 160),
 ]
+STEP_TOKENS = 16 * 256
 TUNED_STEPS = 80  # of the flattened model, by full fine-tuning
 
 
@@ -151,7 +151,38 @@ def table(out: Path, data: Path) -> None:
         cells += [spread(whole[best]), best] if best else ["not undone with every seed", "-"]
         lines.append("| " + " | ".join(cells) + " |")
     record.write_atomic(out / "table.md", "\n".join(lines) + "\n")
+    plot(found, out / "undo.png")
     print("\n".join(lines))
+
+
+def plot(found: list[dict], file: Path) -> None:
+    """Held-out loss against the tokens of a regression from the flattened start on TinyStories; a band spans the seeds.
+
+    Dotted: the locked model. Dashed: the base.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(COUPLINGS), sharey=True)
+    millions = [0.0, *(steps * STEP_TOKENS / 1e6 for steps in LENGTHS)]
+    for axis, coupling in zip(axes, COUPLINGS, strict=True):
+        for kind, colour in zip(KINDS, ("tab:blue", "tab:orange", "tab:green"), strict=True):
+            own = [r for r in found if (r["lock"], r["coupling"]) == (kind, coupling)]
+            if not own:
+                continue
+            ways = [f"flat-stories-{steps}" for steps in LENGTHS]
+            curves = [[r["flat"], *(r["ways"][way][0]["loss"] for way in ways)] for r in own]
+            points = list(zip(*curves, strict=True))
+            axis.plot(millions, [sum(p) / len(p) for p in points], "o-", color=colour, markersize=3, label=kind)
+            axis.fill_between(millions, [min(p) for p in points], [max(p) for p in points], color=colour, alpha=0.3)
+            axis.axhline(sum(r["locked"] for r in own) / len(own), color=colour, linestyle=":", linewidth=1)
+            axis.axhline(own[0]["base"], color="black", linestyle="--", linewidth=1)
+        axis.set(title=f"g = {coupling:g}", xlabel="tokens of the regression, millions", yscale="log", ylim=(1.55, 2.6))
+        axis.set_yticks([1.6, 1.8, 2.0, 2.2, 2.4], ["1.6", "1.8", "2.0", "2.2", "2.4"], minor=False)
+        axis.minorticks_off()
+    axes[0].set_ylabel("held-out loss, nats per token")
+    axes[-1].legend(frameon=False)
+    figure.savefig(file, dpi=130)
 
 
 def main() -> None:

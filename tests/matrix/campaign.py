@@ -141,14 +141,17 @@ def attack(job: tuple[Any, ...]) -> str | None:
     log.parent.mkdir(parents=True, exist_ok=True)
     fault = None
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        try:
-            wanted = read_wanted(options, knobs, str(folder))
-            assert wanted is not None
-            attack_many(attack_configs(options, str(folder), strategy, knobs), wanted)
-        except DlrscaleError as error:
-            fault = str(error)
-        except Exception:  # of one job; the others go on
-            fault = traceback.format_exc()
+        for _ in range(2):  # torch's thread pool does not survive every fork; what ended is not run again
+            try:
+                wanted = read_wanted(options, knobs, str(folder))
+                assert wanted is not None
+                attack_many(attack_configs(options, str(folder), strategy, knobs), wanted)
+                fault = None
+                break
+            except DlrscaleError as error:
+                fault = str(error)
+            except Exception:  # of one job; the others go on
+                fault = traceback.format_exc()
     print(f"{name} {task} {label}: {time.monotonic() - started:.0f} s{f': {fault}' if fault else ''}", flush=True)
     return fault
 

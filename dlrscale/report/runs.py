@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
+from dlrscale import catalogue
 from dlrscale import config as configuration
 from dlrscale import record as records
 
@@ -168,12 +169,9 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """Name of the strategy, with the trials of the search that its settings come from."""
-        settings = self.any.settings
-        cap = (settings.get("lever_search") or {}).get("cap")
-        name = f"{self.strategy} {cap:g}x" if cap else self.strategy
-        trials = settings.get("search_trials")
-        return f"{name}, {trials} trials" if trials else name
+        """Name of the attack, with the trials of the search that its settings come from."""
+        trials = self.any.settings.get("search_trials")
+        return f"{_named(self.any)}, {trials} trials" if trials else _named(self.any)
 
     @property
     def task(self) -> str:
@@ -216,8 +214,8 @@ class Search:
 
     @property
     def name(self) -> str:
-        """Name of the strategy that is tuned."""
-        return str(self.runs[0].strategy or "-")
+        """Name of the attack that is tuned."""
+        return _named(self.runs[0])
 
     def trials(self, side: str) -> list[Run]:
         """The trials of a side, in their order."""
@@ -271,6 +269,18 @@ class Lock:
         """Digest of the model that was locked, where a record tells."""
         runs = [self.run] + [pair.locked for pair in self.pairs]
         return next((run.base_digest for run in runs if run and run.base_digest), None)
+
+
+def _named(run: Run) -> str:
+    """A run's strategy, and what was chosen by hand on its axes; of best-memory, which chooses there itself, the cap."""
+    name, axes = str(run.strategy or "-"), run.settings.get("axes") or {}
+    if cap := (run.settings.get("lever_search") or {}).get("cap"):
+        return f"{name} {cap:g}x"
+    entry = catalogue.STRATEGIES.get(name)
+    by_hand = [
+        axis for axis in catalogue.AXES if entry and axes.get(axis, getattr(entry, axis)) != getattr(entry, axis)
+    ]
+    return ", ".join([name, *(f"{axis} {axes[axis]}" for axis in by_hand)])
 
 
 def divide(above: float | None, below: float | None) -> float | None:

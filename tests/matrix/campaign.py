@@ -51,7 +51,7 @@ RATES = dict.fromkeys(("lora", "lora-attn", "lora-mlp", "norms", "ladder"), 1e-2
 RATES |= {"lomo": 1e-1, "mezo": 1e-4, "mezo-lora": 1e-3}
 OWN_RATE = {("stories260K", "style"): 1e-3, ("embedded", "gsm8k"): 2e-3, ("embedded", "style"): 2e-3}
 OWN_RATES = {"stories260K": {"last-k": 3e-3, "head": 3e-3}, "embedded": {"last-k": 1e-2, "head": 1e-2, "lomo": 3e-1}}
-LONGER = {"mezo": 4, "mezo-lora": 4}  # they learn little per step, and a step costs less
+LONGER = {"stories260K": 4, "embedded": 2}  # of zeroth-order steps: they learn little, and cost less
 KNOBS = {"undistil": ("regress_steps=40",), "drop-blocks": ("heal_steps=20",)}
 LOCKS = {
     "stories260K": {"steps": 300, "heal_steps": 75, "micro_batch": 16, "seq_len": 256},
@@ -127,7 +127,7 @@ def attack(job: tuple[Any, ...]) -> str | None:
     out, data, name, task, own, label, strategy, knobs, axes = job
     started, place = time.monotonic(), out / name / task / label
     folder, text = model(name, data, out)
-    steps, every = (count * LONGER.get(strategy, 1) for count in STEPS[name])
+    steps, every = (count * (LONGER[name] if "mezo" in strategy else 1) for count in STEPS[name])
     lr = (RATES | OWN_RATES[name]).get(axes.get("gradient", strategy), OWN_RATE.get((name, task), RATE))
     options = own | COMMON | axes | {
         "heldout_base": text["few"], "document_separator": SEPARATOR, "heldout_limit": 32,

@@ -348,3 +348,14 @@ def test_what_a_job_found_does_not_part_the_sides(tmp_path):
     first, second = ({"lever_search": {"cap": cap}, "tiles": tiles} for cap, tiles in ((1.33, 1), (1.33, 8)))
     assert key(**first) == key(**second)
     assert key(**first) != key(lever_search={"cap": 2.0}, tiles=1)
+
+
+def test_a_row_names_what_was_chosen_by_hand_on_its_axes(tmp_path):
+    """The same strategy by two gradient methods is two rows, and each says which it is."""
+    entries = [attack(side, "flatten", LOCK_ID) for side in ("base", "locked")]
+    by_hand = [attack(side, "flatten", LOCK_ID) for side in ("base", "locked")]
+    for entry in by_hand:
+        entry["id"] += "x"
+        entry["config"]["axes"] = entry["config"]["axes"] | {"gradient": "lomo"}
+    pairs = [report_runs.Pair(*(report_runs.Run(tmp_path, entry) for entry in two)) for two in (entries, by_hand)]
+    assert [pair.name for pair in pairs] == ["flatten", "flatten, gradient lomo"]

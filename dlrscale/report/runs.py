@@ -272,7 +272,7 @@ class Lock:
 
 
 def _named(run: Run) -> str:
-    """A run's strategy, and what was chosen by hand on its axes; of best-memory, which chooses there itself, the cap."""
+    """A run's strategy, and what was chosen by hand on its axes; of best-memory, which chooses itself, the cap."""
     name, axes = str(run.strategy or "-"), run.settings.get("axes") or {}
     if cap := (run.settings.get("lever_search") or {}).get("cap"):
         return f"{name} {cap:g}x"

@@ -143,9 +143,10 @@ def attack(job: tuple[Any, ...]) -> str | None:
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         for _ in range(2):  # torch's thread pool does not survive every fork; what ended is not run again
             try:
-                wanted = read_wanted(options, knobs, str(folder))
+                given = dict(options)  # `read_wanted` takes out what is of the search
+                wanted = read_wanted(given, knobs, str(folder))
                 assert wanted is not None
-                attack_many(attack_configs(options, str(folder), strategy, knobs), wanted)
+                attack_many(attack_configs(given, str(folder), strategy, knobs), wanted)
                 fault = None
                 break
             except DlrscaleError as error:

@@ -19,7 +19,7 @@ from dlrscale.engine.devices import free_port, import_deepspeed
 from dlrscale.errors import ConfigError, DlrscaleError, describe
 
 CORES = 2
-LIMIT_S = 600.0
+LIMIT_S, GRACE_S = 600.0, 20.0  # of a job, and of its ranks after one has failed
 
 
 def ready() -> None:
@@ -73,12 +73,15 @@ def run_all(configs: Iterable[RunConfig], cores: int = CORES) -> dict[str, str]:
     def wait(room: int) -> None:
         while running and sum(map(len, running)) > cores - room:
             for pids, started in list(running.items()):
-                if all(_ended(pid) for pid in pids):
+                codes = [_ended(pid) for pid in pids]
+                if None not in codes:
                     del running[pids]
                 elif time.monotonic() - started > LIMIT_S:
-                    for pid in pids:
+                    for pid in (pid for pid, code in zip(pids, codes, strict=True) if code is None):
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, 9)
+                elif any(codes):  # the others may wait for the one that failed for ever
+                    running[pids] = min(started, time.monotonic() - LIMIT_S + GRACE_S)
             time.sleep(0.02)
 
     for config in configs:
@@ -98,13 +101,14 @@ def run_all(configs: Iterable[RunConfig], cores: int = CORES) -> dict[str, str]:
     return refused
 
 
-_gone: set[int] = set()
+_gone: dict[int, int] = {}
 
 
-def _ended(pid: int) -> bool:
+def _ended(pid: int) -> int | None:
+    """A child's exit code; None while it runs."""
     if pid not in _gone:
-        with contextlib.suppress(ChildProcessError):
-            if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                return False
-        _gone.add(pid)
-    return True
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if not found:
+            return None
+        _gone[pid] = os.waitstatus_to_exitcode(status)
+    return _gone[pid]

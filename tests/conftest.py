@@ -351,3 +351,17 @@ def step_batch():
         return Batch(found, tokens, labels_count, processed)
 
     return make
+
+
+@pytest.fixture
+def no_rank_starts(monkeypatch):
+    """A command on the CPU, outside of a launch; it fails where it would start ranks."""
+    from dlrscale import launcher
+
+    def start(*args):
+        raise AssertionError("a rank would have started")
+
+    monkeypatch.setattr(launcher, "run", start)
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")

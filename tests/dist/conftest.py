@@ -66,7 +66,7 @@ def start_ranks(tmp_path_factory) -> Callable[[int, list[dict]], list[dict]]:
     return start
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kept_ranks(tmp_path_factory, start_ranks) -> Iterator[Callable[..., int]]:
     """What takes `launcher.run`'s place: two ranks that run job after job, where a start of ranks is not what is tested."""
     folder, numbers = tmp_path_factory.mktemp("kept"), itertools.count()

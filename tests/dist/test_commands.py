@@ -40,8 +40,8 @@ def test_the_lock_tells_what_it_cost(locked: Path) -> None:
     assert metrics["cost/tokens"] == 52 * 4 * 32 + 16 * 32
     seconds = sum(row["time/step_s"] + row["time/data_s"] for row in steps)
     assert metrics["cost/device_hours"] == pytest.approx(2 * seconds / 3600)
-    # At least a forward pass of the teacher and of the student, which has as many parameters; at most twice forward and
-    # backward of all of them, three times a forward each, and the teacher.
+    # 2 FLOPs per parameter, token and forward: at least one of the teacher and one of the student, which has as many; at
+    # most the teacher's, and twice (hardening) the student's forward and backward.
     parameters = sum(p.numel() for p in models.load_model(locked / "model").parameters())
     assert 4 < metrics["cost/flops"] / (parameters * metrics["cost/tokens"]) < 14
 

@@ -44,8 +44,8 @@ STEPS = {"stories260K": (24, 4), "embedded": (18, 6)}  # of an attack, and betwe
 RECORDS, HELDOUT = 1000, 200  # of a task, from its start: an attack sees fewer
 FEW = 30_000  # characters
 COMMON = {"num_ranks": 1, "tracking_uri": "none", "checkpoint_every": 0}
-# Where a search starts; it goes ten times as far down and up. In a pilot of the unlocked models, of one run each at
-# rates three times apart, these did best.
+# Where a search starts; it goes ten times as far down and up. `full`, `lora`, `lomo` and `last-k` were tried on the
+# unlocked models at three to five rates, one run each; the others start where one of these did best, or as is usual.
 RATE = 3e-3
 RATES = dict.fromkeys(("lora", "lora-attn", "lora-mlp", "norms", "ladder"), 1e-2)
 RATES |= {"lomo": 1e-1, "mezo": 1e-4, "mezo-lora": 1e-3}
@@ -141,18 +141,14 @@ def attack(job: tuple[Any, ...]) -> str | None:
     log.parent.mkdir(parents=True, exist_ok=True)
     fault = None
     with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        for _ in range(2):  # torch's thread pool does not survive every fork; what ended is not run again
-            try:
-                given = dict(options)  # `read_wanted` takes out what is of the search
-                wanted = read_wanted(given, knobs, str(folder))
-                assert wanted is not None
-                attack_many(attack_configs(given, str(folder), strategy, knobs), wanted)
-                fault = None
-                break
-            except DlrscaleError as error:
-                fault = str(error)
-            except Exception:  # of one job; the others go on
-                fault = traceback.format_exc()
+        try:
+            wanted = read_wanted(options, knobs, str(folder))
+            assert wanted is not None
+            attack_many(attack_configs(options, str(folder), strategy, knobs), wanted)
+        except DlrscaleError as error:
+            fault = str(error)
+        except Exception:  # of one job; the others go on
+            fault = traceback.format_exc()
     print(f"{name} {task} {label}: {time.monotonic() - started:.0f} s{f': {fault}' if fault else ''}", flush=True)
     return fault
 

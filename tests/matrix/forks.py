@@ -19,7 +19,7 @@ from dlrscale.engine.devices import free_port, import_deepspeed
 from dlrscale.errors import ConfigError, DlrscaleError, describe
 
 CORES = 2
-LIMIT_S, GRACE_S = 600.0, 20.0  # of a job, and of its ranks after one has failed
+LIMIT_S = 600.0
 
 
 def ready() -> None:
@@ -34,6 +34,8 @@ def ready() -> None:
 
 def run(config: RunConfig) -> list[int]:
     """Start the ranks of a job; their process ids."""
+    import torch
+
     out = Path(config.out)
     port, pids = str(free_port()), []
     for rank in range(config.num_ranks):
@@ -43,6 +45,9 @@ def run(config: RunConfig) -> list[int]:
             continue
         code = 1
         try:
+            # Makes torch's thread pool anew. Left to the threads that load a model, two at once break it (caffe2's
+            # pthreadpool() after a fork: "Invalid thread pool").
+            torch.set_num_threads(1)
             os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
             os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE"), str(config.num_ranks))
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -73,15 +78,12 @@ def run_all(configs: Iterable[RunConfig], cores: int = CORES) -> dict[str, str]:
     def wait(room: int) -> None:
         while running and sum(map(len, running)) > cores - room:
             for pids, started in list(running.items()):
-                codes = [_ended(pid) for pid in pids]
-                if None not in codes:
+                if all(_ended(pid) for pid in pids):
                     del running[pids]
                 elif time.monotonic() - started > LIMIT_S:
-                    for pid in (pid for pid, code in zip(pids, codes, strict=True) if code is None):
+                    for pid in pids:
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, 9)
-                elif any(codes):  # the others may wait for the one that failed for ever
-                    running[pids] = min(started, time.monotonic() - LIMIT_S + GRACE_S)
             time.sleep(0.02)
 
     for config in configs:
@@ -101,14 +103,13 @@ def run_all(configs: Iterable[RunConfig], cores: int = CORES) -> dict[str, str]:
     return refused
 
 
-_gone: dict[int, int] = {}
+_gone: set[int] = set()
 
 
-def _ended(pid: int) -> int | None:
-    """A child's exit code; None while it runs."""
+def _ended(pid: int) -> bool:
     if pid not in _gone:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if not found:
-            return None
-        _gone[pid] = os.waitstatus_to_exitcode(status)
-    return _gone[pid]
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                return False
+        _gone.add(pid)
+    return True

@@ -173,20 +173,19 @@ def main() -> None:
     out, started = options.out.absolute(), time.monotonic()
     names = options.models or (["embedded", "stories260K"] if options.data else ["embedded"])
     data = options.data.absolute() if options.data else Path()
-    known = {}
+    known: Models = {}
     for name in names:
+        if name == "embedded":
+            known[name] = campaign.EMBEDDED, TOPICS
+            continue
         folder, text = campaign.model(name, data, out)
-        stories = {"data": text["data"], "heldout": text["heldout"], "document_separator": campaign.SEPARATOR}
-        known[name] = (folder, TOPICS if name == "embedded" else stories)
+        known[name] = folder, {k: text[k] for k in ("data", "heldout")} | {"document_separator": campaign.SEPARATOR}
     forks.ready()
     refused = forks.run_all(locks(out, known))
     rows: list[dict] = []
     for ranks in options.ranks:
         configs = list(attacks(out, known, ranks, options.strategies, refused))
         refused |= forks.run_all(configs)
-        # torch's thread pool does not survive every fork: what failed is tried once more
-        failed = [c for c in configs if c.name not in refused and (last_record(c) or {}).get("outcome") != "ok"]
-        forks.run_all(failed)
         curves: dict[str, list[float]] = {}
         rows += [row(config, curves) for config in configs if config.name not in refused]
         write(out, rows, refused, time.monotonic() - started)

@@ -11,23 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from dlrscale import catalogue, cli, launcher
+from dlrscale import catalogue, cli
 from dlrscale import config as configuration
 from dlrscale.cli.run import parse_columns
 from dlrscale.errors import ConfigError
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(no_rank_starts, tmp_path, monkeypatch):
     """An empty folder to stand in, with a text to train on; on the CPU, and no rank starts."""
-
-    def start(*args):
-        raise AssertionError("a rank would have started")
-
-    monkeypatch.setattr(launcher, "run", start)
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(key, raising=False)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     work = tmp_path / "work"
     work.mkdir()

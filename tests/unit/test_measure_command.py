@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dlrscale import cli, config, jobs, launcher
+from dlrscale import cli, config, jobs
 from dlrscale.cli import attack_configs
 from dlrscale.cli.measure import parse_batches, side_by_side
 from dlrscale.config import MeasureConfig
@@ -14,16 +14,8 @@ from dlrscale.jobs.measure import random_corpora
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(no_rank_starts, tmp_path, monkeypatch, capsys):
     """Run a command line in an empty folder: (exit code, stdout, stderr); no rank may start."""
-
-    def start(*args):
-        raise AssertionError("a rank would have started")
-
-    monkeypatch.setattr(launcher, "run", start)
-    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(key, raising=False)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 

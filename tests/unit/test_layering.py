@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "dlrscale"
 # A module imports only modules that stand before it. `embedded_model` holds data, no code.
 ORDER = (
     "__init__", "errors", "record", "shapes", "folders", "catalogue", "config", "search", "planner", "report",
-    "tracking", "launcher", "study", "measure", "engine", "modeling", "dlr", "models", "surgery", "data", "evaluate",
+    "tracking", "launcher", "measure", "engine", "modeling", "dlr", "models", "surgery", "data", "evaluate",
     "train", "distil", "export", "attacks", "jobs", "cli",
 )  # fmt: skip
 WITHOUT_TORCH = (
@@ -79,7 +79,14 @@ def imports(file, top_level=False):
 
 
 def test_every_module_has_its_place_in_the_order():
-    assert {module_of(f) for f in FILES} <= set(ORDER)
+    assert {module_of(f) for f in FILES} == set(ORDER)
+
+
+def test_the_readme_shows_the_tree_in_that_order():
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    tree = readme.split("\ndlrscale/ ", 1)[1].split("\nlaunch/", 1)[0].splitlines()[1:]
+    shown = [line.split()[0].removesuffix("/").removesuffix(".py") for line in tree]
+    assert shown == [*ORDER, "embedded_model"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=place)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from commands import LOCK, process, write_texts
-from dlrscale import launcher, record
+from dlrscale import launcher
 from dlrscale.config import RunConfig, to_json
+
+LIMIT_S = 500.0  # of one start of ranks
 
 
 @pytest.fixture(scope="session")
@@ -50,41 +52,44 @@ def locked(place: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def start_ranks(tmp_path_factory) -> Callable[[int, list[dict]], list[dict]]:
-    """Run cases of ranks.py on some ranks, in one start of the DeepSpeed launcher, and return their results."""
+def start_ranks(tmp_path_factory) -> Iterator[Callable[..., list[dict]]]:
+    """Run cases of ranks.py on some ranks, which one process forks, and return their results."""
+    log = tmp_path_factory.mktemp("forks") / "forks.log"
+    env = launcher.environment(2) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
+    with open(log, "wb") as file:
+        forking = subprocess.Popen(
+            line, env=env, stdin=subprocess.PIPE, stdout=file, stderr=file, text=True, start_new_session=True
+        )
 
-    def start(num_ranks: int, cases: list[dict]) -> list[dict]:
+    def start(num_ranks: int, cases: list[dict], look: Callable[[], object] = lambda: None) -> list[dict]:
         folder = tmp_path_factory.mktemp("ranks")
         (folder / "cases.json").write_text(json.dumps(cases))
-        files = str(folder / "results.json"), str(folder / "cases.json")
-        line = launcher.on_this_host(num_ranks, Path(__file__).with_name("ranks.py"), *files)
-        env = launcher.environment(num_ranks) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return json.loads((folder / "results.json").read_text())
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def kept_ranks(tmp_path_factory, start_ranks) -> Iterator[Callable[..., int]]:
-    """What takes `launcher.run`'s place: two ranks that run job after job, where a start of ranks is not what is tested."""
-    folder, numbers = tmp_path_factory.mktemp("kept"), itertools.count()
-
-    def run(config: RunConfig, look: Callable[[], object] = lambda: None) -> int:
-        assert config.num_ranks == 2
-        file = folder / f"{next(numbers)}.json"
-        record.write_atomic(file, to_json(config))
-        while not file.with_suffix(".code").exists():
-            assert not served.done(), served.result()
+        own = launcher.environment(num_ranks) | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        asked = {"ranks": num_ranks, "env": own, "cwd": os.getcwd(), "folder": str(folder)}
+        forking.stdin.write(json.dumps(asked) + "\n")
+        forking.stdin.flush()
+        deadline = time.monotonic() + LIMIT_S
+        while not (folder / "codes.json").exists():
+            assert forking.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, (folder / "ranks.log").read_text()[-3000:]
             look()
             time.sleep(0.02)
-        return int(file.with_suffix(".code").read_text())
+        codes = json.loads((folder / "codes.json").read_text())
+        assert codes == [0] * num_ranks, (folder / "ranks.log").read_text()[-3000:]
+        return json.loads((folder / "results.json").read_text())
 
-    with ThreadPoolExecutor(1) as pool:
-        served = pool.submit(start_ranks, 2, [{"run": "serve", "folder": str(folder)}])
-        try:
-            yield run
-        finally:
-            (folder / "end").touch()
-        assert served.result() == [{"jobs": next(numbers)}]
+    yield start
+    forking.stdin.close()
+    forking.wait(60)
+
+
+@pytest.fixture(scope="session")
+def on_forked_ranks(start_ranks) -> Callable[..., int]:
+    """What takes `launcher.run`'s place in a command where the start of ranks is not what is tested."""
+
+    def run(config: RunConfig, look: Callable[[], object] = lambda: None) -> int:
+        (result,) = start_ranks(config.num_ranks, [{"run": "job", "config": json.loads(to_json(config))}], look)
+        return result["code"]
+
+    return run

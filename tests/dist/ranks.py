@@ -1,14 +1,18 @@
-"""What the ranks of the distributed tests run: many small cases in one start, their results as JSON.
+"""What the ranks of the distributed tests run: many small cases one after the other, their results as JSON.
 
-Started by the DeepSpeed launcher: `ranks.py RESULTS CASES`, where CASES is a JSON list of dictionaries with a
-`run` key that names a function here. Rank 0 writes RESULTS.
+A process that has imported all forks the ranks when it is asked to, since DeepSpeed's launcher and the imports cost more
+than most cases do. It is asked by lines of JSON: `ranks`, `env`, `cwd`, and a `folder` with `cases.json`, a list of
+dictionaries with a `run` key that names a function here. Rank 0 writes `results.json` there; then comes `codes.json`.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
-import time
+import threading
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +28,11 @@ from dlrscale.train import LanguageModelling
 from held_case import run as held  # noqa: F401, a case
 from own_update_cases import drift, updates  # noqa: F401, cases
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "matrix"))
+import forks
+
 GLOBAL_BATCH = 4
+PATIENCE_S = 20.0
 STEPS, HEAL_STEPS = 3, 2
 LR = 1e-2
 
@@ -228,26 +236,7 @@ def job(case: dict) -> dict:
     """A whole job, from its configuration to its record."""
     from dlrscale import config, jobs
 
-    return {"code": jobs.run(config.from_json(json.dumps(case["config"])))}
-
-
-def serve(case: dict) -> dict:
-    """Whole jobs as their configurations come, `0.json`, `1.json` and so on in a folder, until a file `end` is there."""
-    from dlrscale import config, jobs
-
-    folder, number = Path(case["folder"]), 0
-    while True:
-        file = folder / f"{number}.json"
-        if file.exists():
-            code = jobs.run(config.from_json(file.read_text()), jobs.make_tracker)
-            torch.distributed.barrier()  # no rank looks for the next job before all have done this one
-            if torch.distributed.get_rank() == 0:
-                record.write_atomic(file.with_suffix(".code"), str(code))
-            number += 1
-        elif (folder / "end").exists():
-            return {"jobs": number}
-        else:
-            time.sleep(0.02)
+    return {"code": jobs.run(config.from_json(json.dumps(case["config"])), jobs.make_tracker)}
 
 
 def decayed(case: dict) -> dict:
@@ -295,23 +284,49 @@ def cut_job(case: dict) -> dict:
         Loop.save = save
 
 
-def main() -> None:
+def run_cases(folder: Path) -> int:
     """Run all cases and write their results."""
     rank, _ = engine.start_distributed()
-    torch.set_num_threads(1)
     results = []
-    for case in json.loads(Path(sys.argv[2]).read_text()):
+    for case in json.loads((folder / "cases.json").read_text()):
         try:
             results.append(globals()[case["run"]](case))
         except Exception as error:
             results.append({"error": f"{type(error).__name__}: {error}"})
             if rank == 0:
-                import traceback
-
                 traceback.print_exc()
     if rank == 0:
-        Path(sys.argv[1]).write_text(json.dumps(results))
+        (folder / "results.json").write_text(json.dumps(results))
     engine.stop_distributed()
+    return 0
+
+
+def answer(asked: dict) -> None:
+    """Fork ranks as asked, and wait for them; where one has failed, the others have a moment to end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    os.chdir(asked["cwd"])
+    folder = Path(asked["folder"])
+    pids, codes = forks.fork(asked["ranks"], lambda: run_cases(folder), folder / "ranks.log"), []
+    while pids:
+        pid, status = os.wait()
+        pids.remove(pid)
+        codes.append(os.waitstatus_to_exitcode(status))
+        if codes[-1]:
+            threading.Timer(PATIENCE_S, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids]).start()
+    record.write_atomic(folder / "codes.json", json.dumps(codes))
+    os._exit(0)
+
+
+def main() -> None:
+    """Fork for each line; end with the process that asks, and with all that was forked."""
+    forks.ready()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for line in sys.stdin:
+        if os.fork() == 0:
+            answer(json.loads(line))
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -244,8 +244,9 @@ def gpt2(tmp_path_factory, make_gpt2, tokenizer) -> Path:
     return folder
 
 
-def test_gpt2_line(gpt2: Path, place: Path) -> None:
+def test_gpt2_line(gpt2: Path, place: Path, on_forked_ranks, monkeypatch) -> None:
     """GPT-2 at ZeRO-3 with offload: plain and warm by default, flattened into a GPT2LMHeadModel."""
+    monkeypatch.setattr(launcher, "run", on_forked_ranks)
     few = ("--steps", "4", "--heal-steps", "2", "--checkpoint-every", "0")
     done = dlrscale(
         place, "lock", "--model", str(gpt2), "--data", "text.txt", *LOCK[:-2], *few, "--zero", "3", "--offload-optimizer",
@@ -265,7 +266,7 @@ def test_gpt2_line(gpt2: Path, place: Path) -> None:
     assert config["architectures"] == ["GPT2LMHeadModel"]
 
 
-def test_demo_on_a_tiny_model(place: Path, tiny_folder: Path, monkeypatch, capsys) -> None:
+def test_demo_on_a_tiny_model(place: Path, tiny_folder: Path, on_forked_ranks, monkeypatch, capsys) -> None:
     """The demonstration's own code with another model and fewer steps: table, claims, report, how to open MLflow."""
     import importlib
 
@@ -279,6 +280,7 @@ def test_demo_on_a_tiny_model(place: Path, tiny_folder: Path, monkeypatch, capsy
     monkeypatch.setattr(demo, "LOCK", demo.LOCK | texts | small | {"depth": 2, "heal_steps": 2})
     monkeypatch.setattr(demo, "ATTACK", demo.ATTACK | texts | small | {"heldout_base": None})
     monkeypatch.setattr(demo, "STRATEGIES", ("ckpt-layer",))
+    monkeypatch.setattr(launcher, "run", on_forked_ranks)
     demo.run_demo(place / "demo", "none")
     said = capsys.readouterr().out
     assert "ckpt-layer  ok / ok" in said

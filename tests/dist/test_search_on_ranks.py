@@ -37,11 +37,11 @@ def hopeless_seed() -> int:
 
 
 @pytest.fixture(scope="module")
-def searched(locked: Path, place: Path, kept_ranks) -> Path:
-    """The search on both sides, by one command; all its runs in one start of ranks."""
+def searched(locked: Path, place: Path, on_forked_ranks) -> Path:
+    """The search on both sides, by one command."""
     line = ["attack", "--model", "whole/model", "--base", "base", "--strategy", "ckpt-layer", *OPTIONS, *RATES,
             "--seed", str(hopeless_seed()), "--out", "searched", "--tracking-uri", f"sqlite:///{place}/search.db"]  # fmt: skip
-    with mock.patch.object(launcher, "run", kept_ranks):
+    with mock.patch.object(launcher, "run", on_forked_ranks):
         done = dlrscale(place, *line)
     assert done.returncode == 0, done.stderr
     assert "To the target" in done.stdout

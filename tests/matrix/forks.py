@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dlrscale import config as configuration
@@ -32,13 +34,22 @@ def ready() -> None:
     import_deepspeed()
 
 
-def run(config: RunConfig) -> list[int]:
-    """Start the ranks of a job; their process ids."""
+def fork(num_ranks: int, body: Callable[[], int], log: Path) -> list[int]:
+    """Start ranks.
+
+    Args:
+        num_ranks: How many.
+        body: What each of them runs; its exit code.
+        log: Where their output goes, after what is there.
+
+    Returns:
+        Their process ids.
+    """
     import torch
 
-    out = Path(config.out)
+    sys.stdout.flush()  # what a child finds in the buffer it would write again
     port, pids = str(free_port()), []
-    for rank in range(config.num_ranks):
+    for rank in range(num_ranks):
         pid = os.fork()
         if pid:
             pids.append(pid)
@@ -49,17 +60,25 @@ def run(config: RunConfig) -> list[int]:
             # pthreadpool() after a fork: "Invalid thread pool").
             torch.set_num_threads(1)
             os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
-            os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE"), str(config.num_ranks))
+            os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_SIZE"), str(num_ranks))
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            log = os.open(out / "ranks.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            code = jobs.run(config)
+            own = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(own, 1)
+            os.dup2(own, 2)
+            code = body()
         except DlrscaleError as error:
-            print(describe(error) or error, flush=True)
+            print(describe(error) or error)
+        except Exception:
+            traceback.print_exc()
         finally:
+            sys.stdout.flush()
             os._exit(code)
     return pids
+
+
+def run(config: RunConfig) -> list[int]:
+    """Start the ranks of a job; their process ids."""
+    return fork(config.num_ranks, lambda: jobs.run(config), Path(config.out) / "ranks.log")
 
 
 def run_all(configs: Iterable[RunConfig], cores: int = CORES) -> dict[str, str]:

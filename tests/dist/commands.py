@@ -28,8 +28,7 @@ GONE_S = 60.0
 def environment(**changes: str | None) -> dict[str, str]:
     """The environment of a command: the CPU, and no rank's variables; None takes a variable away.
 
-    Coverage is not measured there: it would make each start by a third dearer, and `dlrscale` and `start_ranks` have
-    the same lines.
+    Coverage is not measured there: it would make each start by a third dearer.
     """
     left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     found = os.environ | {"DS_ACCELERATOR": "cpu"} | changes

@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "matrix"))
 import forks
 
 GLOBAL_BATCH = 4
-PATIENCE_S = 20.0
 STEPS, HEAL_STEPS = 3, 2
 LR = 1e-2
 
@@ -302,19 +300,13 @@ def run_cases(folder: Path) -> int:
 
 
 def answer(asked: dict) -> None:
-    """Fork ranks as asked, and wait for them; where one has failed, the others have a moment to end."""
+    """Fork ranks as asked, and wait for them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(asked["env"])
     os.chdir(asked["cwd"])
     folder = Path(asked["folder"])
-    pids, codes = forks.fork(asked["ranks"], lambda: run_cases(folder), folder / "ranks.log"), []
-    while pids:
-        pid, status = os.wait()
-        pids.remove(pid)
-        codes.append(os.waitstatus_to_exitcode(status))
-        if codes[-1]:
-            threading.Timer(PATIENCE_S, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids]).start()
+    codes = forks.wait(forks.fork(asked["ranks"], lambda: run_cases(folder), folder / "ranks.log"))
     record.write_atomic(folder / "codes.json", json.dumps(codes))
     os._exit(0)
 

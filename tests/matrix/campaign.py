@@ -13,11 +13,8 @@ import gzip
 import itertools
 import json
 import multiprocessing
-import os
 import re
 import shlex
-import signal
-import threading
 import time
 import traceback
 from collections import Counter
@@ -198,13 +195,8 @@ def shortened(value: Any) -> Any:
 
 
 def forked(config: RunConfig, poll: Callable[[], object] = lambda: None) -> int:
-    """In place of `launcher.run`: fork the ranks, wait for them as long as `forks.LIMIT_S`; the first code but 0."""
-    pids = forks.run(config)
-    watch = threading.Timer(forks.LIMIT_S, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
-    watch.start()
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    watch.cancel()
-    return next((code for code in codes if code), 0)
+    """In place of `launcher.run`: fork the ranks; the code of the first that failed, or 0."""
+    return next((code for code in forks.wait(forks.run(config)) if code), 0)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ from dlrscale.engine.devices import free_port, import_deepspeed
 from dlrscale.errors import ConfigError, DlrscaleError, describe
 
 CORES = 2
-LIMIT_S = 600.0
+LIMIT_S, PATIENCE_S = 600.0, 30.0  # of ranks: in all, and after one of them has failed
 
 
 def ready() -> None:
@@ -47,7 +47,6 @@ def fork(num_ranks: int, body: Callable[[], int], log: Path) -> list[int]:
     """
     import torch
 
-    sys.stdout.flush()  # what a child finds in the buffer it would write again
     port, pids = str(free_port()), []
     for rank in range(num_ranks):
         pid = os.fork()
@@ -67,13 +66,37 @@ def fork(num_ranks: int, body: Callable[[], int], log: Path) -> list[int]:
             os.dup2(own, 2)
             code = body()
         except DlrscaleError as error:
-            print(describe(error) or error)
+            print(describe(error) or error, flush=True)
         except Exception:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
             os._exit(code)
     return pids
+
+
+def wait(pids: list[int]) -> list[int]:
+    """Wait for ranks; they are killed after `LIMIT_S`, or `PATIENCE_S` after the first that failed.
+
+    Args:
+        pids: Their process ids.
+
+    Returns:
+        Their exit codes, in the order in which they ended.
+    """
+    running, codes, deadline = list(pids), [], time.monotonic() + LIMIT_S
+    while running:
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                running.remove(pid)
+                codes.append(os.waitstatus_to_exitcode(status))
+                if codes[-1]:
+                    deadline = min(deadline, time.monotonic() + PATIENCE_S)
+        if time.monotonic() > deadline:
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return codes
 
 
 def run(config: RunConfig) -> list[int]:
